@@ -1,0 +1,33 @@
+# `make demo` and `make test` need only Python 3.10 or later, pip and make.
+PYTHON ?= python3
+BIN := .venv/bin
+# Idle OpenMP threads that spin would slow every other process on the machine.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test check format clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: .venv/installed
+	rm -rf runs/demo
+	$(BIN)/spamprune run recipes/fc_cancer.yaml --out runs/demo --jobs 2
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	for recipe in recipes/*.yaml; do $(BIN)/spamprune validate $$recipe || exit 1; done
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,59 @@
+"""spamprune: make PyTorch networks sparsifiable with Bayesian priors, then prune them for real."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spamprune import scores
+    from spamprune.artifact import load, save
+    from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior
+    from spamprune.bayes.spam import SpaM
+    from spamprune.engine.run import run
+    from spamprune.pruning.importance import OPDImportance, ScoreImportance
+    from spamprune.pruning.plan import Plan, Target, apply, plan, verify
+
+__all__ = [
+    "OPDImportance",
+    "Plan",
+    "Posterior",
+    "ScoreImportance",
+    "SpaM",
+    "Target",
+    "apply",
+    "fit_posterior",
+    "load",
+    "load_posterior",
+    "plan",
+    "run",
+    "save",
+    "scores",
+    "verify",
+]
+
+# Names are loaded when they are first used: torch, timm and torch-pruning take seconds.
+_HOMES = {
+    "OPDImportance": "spamprune.pruning.importance",
+    "Plan": "spamprune.pruning.plan",
+    "Posterior": "spamprune.bayes.posterior",
+    "ScoreImportance": "spamprune.pruning.importance",
+    "SpaM": "spamprune.bayes.spam",
+    "Target": "spamprune.pruning.plan",
+    "apply": "spamprune.pruning.plan",
+    "fit_posterior": "spamprune.bayes.posterior",
+    "load": "spamprune.artifact",
+    "load_posterior": "spamprune.bayes.posterior",
+    "plan": "spamprune.pruning.plan",
+    "run": "spamprune.engine.run",
+    "save": "spamprune.artifact",
+    "verify": "spamprune.pruning.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "scores":
+        return importlib.import_module("spamprune.scores")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'spamprune' has no attribute {name!r}")

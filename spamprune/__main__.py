@@ -1,0 +1,5 @@
+"""``python -m spamprune``."""
+
+from spamprune.cli import main
+
+main()

@@ -1,0 +1,202 @@
+"""Loading an artifact: build the model afresh, give it the recorded shapes, fill in the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from spamprune.artifact.format import (
+    CONFIG,
+    WEIGHTS,
+    Config,
+    Slot,
+    build,
+    kind,
+    own_attributes,
+    read_config,
+    regular_file,
+    slots,
+)
+from spamprune.errors import ArtifactError, ModelError
+from spamprune.models import create
+from spamprune.models.build import PLACEMENT
+
+Shape = tuple[int, ...]
+
+
+def load(folder: str | Path, *, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Rebuild the model that ``save`` wrote, without tracing it and without running foreign code.
+
+    Args:
+        folder: An artifact.
+        factory: Builds the unpruned model, for models that spamprune cannot build by name.
+
+    Returns:
+        The model on the CPU in evaluation mode; its outputs equal the saved model's bit for bit.
+        The global random state is untouched.
+
+    Raises:
+        ArtifactError: The artifact is missing, damaged or foreign, or the model that ``factory``
+            builds is another one.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model = build(factory or _by_name(folder, config))
+    where = folder / CONFIG
+    _check_modules(where, config, model)
+    places = slots(model)
+    shapes = _expected_shapes(where, config, places)
+    stored = {name: shape for name, shape in shapes.items() if name not in config.shared}
+    tensors = _read_weights(regular_file(folder, WEIGHTS), stored)
+    _set_attributes(where, config, model)
+    for name, shape in config.shapes.items():
+        if shape is None:
+            setattr(places[name].module, places[name].key, None)
+    filled = {
+        name: _filling(folder, name, places[name], tensor) for name, tensor in tensors.items()
+    }
+    for name in shapes:
+        value = filled[config.shared.get(name, name)]
+        setattr(places[name].module, places[name].key, value)
+    return model.eval()
+
+
+def _by_name(folder: Path, config: Config) -> Callable[[], nn.Module]:
+    """Return a function that builds the unpruned model from its recorded name and arguments."""
+    architecture = config.architecture
+    if architecture is None:
+        raise ArtifactError(
+            f"{folder} holds a {config.class_name!r}, which only its own code can build: pass "
+            "load(folder, factory=...) a function that returns a new one"
+        )
+    foreign = sorted(PLACEMENT & architecture.kwargs.keys())
+    if foreign:
+        raise ArtifactError(
+            f"{folder / CONFIG} asks for {foreign[0]!r}, but an artifact brings its own weights: "
+            "save the model anew"
+        )
+
+    def factory() -> nn.Module:
+        try:
+            return create(architecture.name, **architecture.kwargs)
+        except ModelError as error:
+            raise ArtifactError(f"{folder / CONFIG}: {error}") from error
+
+    return factory
+
+
+def _check_modules(where: Path, config: Config, model: nn.Module) -> None:
+    """Raise where the model lacks a module that the artifact knows, or has another class."""
+    found = {name: type(module).__name__ for name, module in model.named_modules()}
+    wanted = {**dict.fromkeys(config.attributes), **config.modules}
+    for name, class_name in wanted.items():
+        if name not in found:
+            raise ArtifactError(
+                f"{where} has module {name!r}, which the model built lacks: build it as it was "
+                "saved"
+            )
+        if class_name is not None and found[name] != class_name:
+            raise ArtifactError(
+                f"{where} has a {class_name} as {name or 'the model'!r}, the model built has a "
+                f"{found[name]}: build it as it was saved"
+            )
+
+
+def _expected_shapes(where: Path, config: Config, places: dict[str, Slot]) -> dict[str, Shape]:
+    """Return the shape of every parameter and buffer that the artifact must fill."""
+    for name in (*config.shapes, *config.buffers, *config.shared, *config.shared.values()):
+        if name not in places:
+            raise ArtifactError(
+                f"{where} has tensor {name!r}, for which the model built has no place: build it as "
+                "it was saved"
+            )
+    expected = {}
+    for name, place in places.items():
+        shape = config.shapes.get(name, place.shape)
+        if shape is not None and (place.persistent or name in config.buffers):
+            expected[name] = tuple(shape)
+    for name, kept in config.shared.items():
+        alike = (
+            name in expected
+            and expected[name] == expected.get(kept)
+            and places[name].is_parameter == places[kept].is_parameter
+        )
+        if not alike or kept in config.shared:
+            raise ArtifactError(
+                f"{where} ties {name!r} to {kept!r}, which differs from it: save the model anew"
+            )
+    return expected
+
+
+def _read_weights(path: Path, expected: dict[str, Shape]) -> dict[str, Tensor]:
+    """Read the tensors, once their names and shapes are known to be the expected ones.
+
+    safetensors itself refuses headers that are too long, overlap or leave the file.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            _compare(path, expected, found)
+            # copies: a mapped file can change under the model, and is aligned otherwise than
+            # torch's own memory, which may change the last bits of the outputs
+            return {name: file.get_tensor(name).clone() for name in found}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): save the model anew") from error
+
+
+def _compare(path: Path, expected: dict[str, Shape], found: dict[str, Shape]) -> None:
+    """Raise for the first tensor that is missing, unexpected or of another shape."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise ArtifactError(
+                f"{path} lacks tensor {name!r} of shape {shape}: save the model anew"
+            )
+        if found[name] != shape:
+            raise ArtifactError(
+                f"{path} has tensor {name!r} of shape {found[name]}, {CONFIG} and the model say "
+                f"{shape}: save the model anew"
+            )
+    for name, shape in found.items():
+        if name not in expected:
+            raise ArtifactError(
+                f"{path} has tensor {name!r} of shape {shape}, for which the model has no place: "
+                "save the model anew"
+            )
+
+
+def _set_attributes(where: Path, config: Config, model: nn.Module) -> None:
+    """Give modules their recorded attributes, if they already have such an attribute."""
+    modules = dict(model.named_modules())
+    for name, attributes in config.attributes.items():
+        present = own_attributes(modules[name])
+        for key, value in attributes.items():
+            old = present.get(key)
+            if kind(old) is None or kind(old) != kind(value):
+                raise ArtifactError(
+                    f"{where} sets {key!r} of {name or 'the model'!r} to {value!r:.80}, but the "
+                    "model built has no such attribute of that kind: build it as it was saved"
+                )
+            setattr(modules[name], key, _as_tuples(value) if isinstance(old, tuple) else value)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _filling(folder: Path, name: str, place: Slot, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` as the parameter or buffer that takes its place."""
+    old = place.tensor
+    if old is not None and old.is_floating_point() != tensor.is_floating_point():
+        raise ArtifactError(
+            f"{folder / WEIGHTS} has tensor {name!r} as {tensor.dtype}, the model has {old.dtype}: "
+            "save the model anew"
+        )
+    if not place.is_parameter:
+        return tensor
+    trainable = tensor.is_floating_point() if old is None else old.requires_grad
+    return nn.Parameter(tensor, requires_grad=trainable)

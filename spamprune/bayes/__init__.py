@@ -1,0 +1,1 @@
+"""Curvature, priors, posteriors, evidence, and SpaM training."""

@@ -1,0 +1,58 @@
+"""The parameters that Bayes sees: the trainable ones, once each, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from spamprune.errors import PosteriorError, nearest
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters of ``model`` by name, tied ones under their first name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Check that ``tensors`` has exactly one tensor of the right shape per parameter.
+
+    Raises:
+        PosteriorError: A parameter is missing, unknown or of another shape; it is named.
+    """
+    parameters = named_parameters(model)
+    for name, parameter in parameters.items():
+        if name not in tensors:
+            raise PosteriorError(
+                f"{what} lacks parameter {name!r} of the model: fit it on this model"
+            )
+        if tensors[name].shape != parameter.shape:
+            raise PosteriorError(
+                f"{what} has shape {tuple(tensors[name].shape)} for parameter {name!r}, the model "
+                f"has {tuple(parameter.shape)}: it belongs to another model, or to this one "
+                "before it was pruned"
+            )
+    for name in tensors:
+        if name not in parameters:
+            raise PosteriorError(
+                f"{what} has parameter {name!r}, which the model lacks: {nearest(name, parameters)}"
+            )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode and restore each one's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter."""
+    return next(model.parameters()).device

@@ -1,0 +1,110 @@
+"""Gaussian priors whose precisions are tied in a structure (paper, section 2.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spamprune.bayes.parameters import named_parameters
+from spamprune.errors import PosteriorError
+
+Structure = Literal["scalar", "layerwise", "unitwise", "parameterwise"]
+
+
+def _factor_shapes(structure: Structure, shape: torch.Size) -> list[list[int]]:
+    """Return the shapes of the factors whose logarithms add up to a tensor's log δ."""
+    rank = len(shape)
+    if structure in ("scalar", "layerwise"):
+        return [[1] * rank]
+    if structure == "parameterwise":
+        return [list(shape)]
+    if rank < 2:  # a bias or scale: a vector of its own
+        return [list(shape)]
+    # log δ_ij = a_i + b_j for output unit i and input unit j, shared over kernel pixels
+    rest = [1] * (rank - 2)
+    return [[shape[0], 1, *rest], [1, shape[1], *rest]]
+
+
+class Prior:
+    """A zero-mean Gaussian prior over the parameters of a model.
+
+    The log precision of a parameter tensor is the broadcast sum of one or two *factors*, held in
+    ``log_factors``; a scalar prior is one factor shared by all tensors.
+
+    Args:
+        model: Whose parameters the prior is for.
+        structure: How precisions are tied: one for all (scalar), one per tensor (layerwise), one
+            per output and input unit (unitwise), one per parameter (parameterwise).
+        precision: δ₀, the precision that every parameter starts with.
+
+    Raises:
+        PosteriorError: The structure is unknown or the precision not positive.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, precision: float = 1.0):
+        if structure not in get_args(Structure):
+            raise PosteriorError(
+                f"unknown prior structure {structure!r}: one of {', '.join(get_args(Structure))}"
+            )
+        if not precision > 0:
+            raise PosteriorError(f"a prior precision must be positive, not {precision}")
+        self.structure: Structure = structure
+        self.log_factors: dict[str, list[Tensor]] = {}
+        shared: Tensor | None = None
+        for name, parameter in named_parameters(model).items():
+            shapes = _factor_shapes(structure, parameter.shape)
+            start = math.log(precision) / len(shapes)
+            if structure == "scalar":
+                if shared is None:
+                    shared = torch.full((), start, device=parameter.device)
+                self.log_factors[name] = [shared.view([1] * parameter.dim())]
+            else:
+                self.log_factors[name] = [
+                    torch.full(shape, start, device=parameter.device) for shape in shapes
+                ]
+        self._shapes = {name: p.shape for name, p in named_parameters(model).items()}
+        self._shared = shared
+
+    def factors(self) -> list[Tensor]:
+        """Return the free log factors, each once; changing them in place changes the prior."""
+        if self._shared is not None:
+            return [self._shared]
+        return [factor for factors in self.log_factors.values() for factor in factors]
+
+    def precision(self) -> dict[str, Tensor]:
+        """Return δ for every parameter, shaped like it."""
+        return {
+            name: sum(factors[1:], factors[0]).exp().expand(self._shapes[name])
+            for name, factors in self.log_factors.items()
+        }
+
+    def reduce(self, gradient: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the gradient in each of :meth:`factors` from that in each parameter's log δ."""
+        if self._shared is not None:
+            return [torch.stack([g.sum() for g in gradient.values()]).sum()]
+        return [
+            gradient[name].sum_to_size(factor.shape)
+            for name, factors in self.log_factors.items()
+            for factor in factors
+        ]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the free log factors, by position."""
+        return {str(i): factor.clone() for i, factor in enumerate(self.factors())}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            PosteriorError: The state is that of another prior.
+        """
+        factors = self.factors()
+        shapes = [tuple(factor.shape) for factor in factors]
+        if [tuple(state[key].shape) for key in sorted(state, key=int)] != shapes:
+            raise PosteriorError("the saved prior belongs to another model or structure")
+        for i, factor in enumerate(factors):
+            factor.copy_(state[str(i)])

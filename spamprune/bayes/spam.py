@@ -1,0 +1,220 @@
+"""SpaM: training under a prior that the marginal likelihood tunes (paper, section 2.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spamprune.bayes import evidence
+from spamprune.bayes.curvature import Curvature, sketch
+from spamprune.bayes.curvature.sketch import Labels
+from spamprune.bayes.parameters import named_parameters
+from spamprune.bayes.posterior import Posterior, posterior_from
+from spamprune.bayes.prior import Prior, Structure
+from spamprune.errors import PosteriorError
+
+Update = Literal["adam", "exact"]
+
+
+@dataclass(frozen=True)
+class EvidenceStep:
+    """What one evidence update did: log evidence in nats before and after it."""
+
+    epoch: int
+    before: float
+    after: float
+
+
+class SpaM:
+    """A prior, its penalty for your loss, and its evidence updates, for any training loop.
+
+    Training minimises ``mean loss + T · ½ Σ δθ² / N`` with δ held fixed; when an update is due, the
+    curvature is refitted and δ moves to larger evidence. MAP training is the same object with
+    ``burn_in=None``: δ stays at ``precision``.
+
+    Use either :meth:`penalty`, added to the loss, or :meth:`shrink`, called after each optimiser
+    step. They have the same minimum; ``shrink`` is stable for any δ, where the gradient of the
+    penalty diverges once ``lr · δ T/N`` exceeds 2.
+
+    Args:
+        model: The network to train.
+        n_data: N, the number of training samples.
+        prior: How prior precisions are tied.
+        curvature: ``"ef"`` or ``"ggn"``: see :func:`spamprune.bayes.curvature.sketch`.
+        precision: δ₀.
+        temperature: T; larger is sparser.
+        burn_in: Epochs before the first update; None means never.
+        every: Epochs between updates.
+        last: No update at or after this epoch, so that the weights settle under a fixed prior.
+        update: ``"adam"`` takes ``steps`` Adam steps on log δ (the paper's); ``"exact"`` jumps to
+            the optimum of a parameterwise prior.
+        steps: Adam steps of an update.
+        lr: Learning rate of those steps.
+        damping: For ``"exact"``: weight of the old log δ in the new one.
+        samples: Samples that a curvature pass sees; all by default.
+        seed: Of the curvature's random signs or labels.
+
+    Raises:
+        PosteriorError: ``"exact"`` is asked of a prior that is not parameterwise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_data: int,
+        *,
+        prior: Structure = "parameterwise",
+        curvature: Labels = "ef",
+        precision: float = 1.0,
+        temperature: float = 1.0,
+        burn_in: int | None = 0,
+        every: int = 5,
+        last: int | None = None,
+        update: Update = "adam",
+        steps: int = 100,
+        lr: float = 0.1,
+        damping: float = 0.0,
+        samples: int | None = None,
+        seed: int = 0,
+    ):
+        if update == "exact" and prior != "parameterwise":
+            raise PosteriorError(f"update 'exact' needs a parameterwise prior, not {prior!r}")
+        self.model = model
+        self.n_data = n_data
+        self.prior = Prior(model, prior, precision)
+        self.labels: Labels = curvature
+        self.temperature = temperature
+        self.burn_in, self.every, self.last = burn_in, every, last
+        self.update_rule: Update = update
+        self.steps, self.lr, self.damping = steps, lr, damping
+        self.samples, self.seed = samples, seed
+        self._parameters = named_parameters(model)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Cache ``δ T/N``, the strength of the penalty per sample, in parameter order."""
+        precision = self.prior.precision()
+        scale = self.temperature / self.n_data
+        self._strength = {n: (d * scale).contiguous() for n, d in precision.items()}
+
+    def penalty(self) -> Tensor:
+        """Return ``T · ½ Σ δθ² / N``, to be added to the mean loss; δ is held fixed."""
+        terms = [(self._strength[name] * p.square()).sum() for name, p in self._parameters.items()]
+        return 0.5 * torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def shrink(self, optimizer: torch.optim.Optimizer) -> None:
+        """Apply the prior after an optimiser step, implicitly: ``θ ← θ / (1 + η δ T/N)``.
+
+        η is the step that the optimiser takes along a constant gradient, ``lr/(1 − momentum)``
+        for SGD and ``lr/(√v̂ + ε)`` for Adam, so that a fixed point is a minimum of the penalised
+        loss. The step is stable for every δ.
+
+        Raises:
+            PosteriorError: The optimiser is neither of the SGD nor of the Adam family.
+        """
+        names = {id(p): name for name, p in self._parameters.items()}
+        for group in optimizer.param_groups:
+            parameters = [p for p in group["params"] if id(p) in names]
+            strengths = [self._strength[names[id(p)]] for p in parameters]
+            if "momentum" in group:
+                step = group["lr"] / (1 - group["momentum"])
+                factors = torch._foreach_mul(strengths, step)
+            elif "betas" in group:
+                steps = [_adam_step(optimizer.state[p], group) for p in parameters]
+                factors = torch._foreach_mul(strengths, steps)
+            else:
+                raise PosteriorError(
+                    f"no implicit prior step for {type(optimizer).__name__}: add spam.penalty() "
+                    "to the loss instead"
+                )
+            torch._foreach_add_(factors, 1)
+            torch._foreach_div_(parameters, factors)
+
+    def due(self, epoch: int) -> bool:
+        """Return whether an evidence update belongs after epoch ``epoch`` (counted from 1)."""
+        if self.burn_in is None or epoch <= self.burn_in:
+            return False
+        if self.last is not None and epoch > self.last:
+            return False
+        return epoch % self.every == 0
+
+    def update(self, epoch: int, loader: Iterable[tuple[Tensor, Tensor]]) -> EvidenceStep | None:
+        """Refit the curvature and move the prior to larger evidence, when that is due.
+
+        Args:
+            epoch: Epochs finished so far.
+            loader: The training data, without augmentation that should not count.
+
+        Returns:
+            The evidence before and after, or None when no update was due.
+        """
+        if not self.due(epoch):
+            return None
+        curvature = self.fit_curvature(loader, self.seed + epoch, self.samples)
+        before = self._log_evidence(curvature)
+        if self.update_rule == "exact":
+            evidence.maximise(
+                self.prior,
+                self._parameters,
+                curvature,
+                damping=self.damping,
+                temperature=self.temperature,
+            )
+        else:
+            evidence.ascend(
+                self.prior,
+                self._parameters,
+                curvature,
+                steps=self.steps,
+                lr=self.lr,
+                temperature=self.temperature,
+            )
+        self._refresh()
+        return EvidenceStep(epoch, before, self._log_evidence(curvature))
+
+    def fit_curvature(
+        self, loader: Iterable[tuple[Tensor, Tensor]], seed: int, samples: int | None = None
+    ) -> Curvature:
+        """Return the curvature of the summed loss at the current parameters."""
+        return sketch(
+            self.model,
+            loader,
+            n_data=self.n_data,
+            labels=self.labels,
+            samples=samples,
+            seed=seed,
+        )
+
+    def posterior(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Posterior:
+        """Fit the posterior at the current parameters, on all of ``loader``."""
+        curvature = self.fit_curvature(loader, self.seed)
+        return posterior_from(self.model, curvature, self.prior, self.temperature)
+
+    def _log_evidence(self, curvature: Curvature) -> float:
+        delta = self.prior.precision()
+        return evidence.log_evidence(self._parameters, curvature, delta, self.temperature)
+
+    def mean_log_precision(self) -> list[float]:
+        """Return the mean log δ of each parameter tensor, in the model's order."""
+        return [d.log().mean().item() for d in self.prior.precision().values()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what training changes: the prior's log precisions."""
+        return self.prior.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.prior.load_state_dict(state)
+        self._refresh()
+
+
+def _adam_step(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """Return Adam's step per unit of gradient, shaped like the parameter."""
+    correction = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
+    return group["lr"] / (state["exp_avg_sq"].sqrt() / correction + group["eps"])

@@ -1,0 +1,1 @@
+"""Training, pruning experiments and whole runs."""

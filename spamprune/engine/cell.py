@@ -1,0 +1,105 @@
+"""One cell of a recipe: one way of training with one seed, and all that is pruned from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from spamprune.bayes.posterior import Posterior, load_posterior
+from spamprune.bayes.spam import SpaM
+from spamprune.engine import experiments
+from spamprune.engine.bench import Bench, OnEpoch, create_model, load_data
+from spamprune.engine.fit import Job, fit
+from spamprune.recipe.schema import Recipe
+from spamprune.report.results import Cell, EpochRecord
+
+
+def run_cell(
+    recipe: Recipe,
+    training: str,
+    seed: int,
+    out: Path,
+    on_epoch: OnEpoch = lambda stage, record: None,
+) -> Cell:
+    """Train, prune, fine-tune and measure; finished parts found in ``out`` are not done again.
+
+    Args:
+        recipe: The experiment.
+        training: Name of one of its trainings.
+        seed: One of its seeds.
+        out: The run's folder.
+        on_epoch: Called with the stage's name after each epoch of any training in it.
+    """
+    torch.set_num_threads(recipe.threads)
+    torch.set_flush_denormal(True)  # weights on their way to zero would slow every product
+    bench = Bench(recipe, training, seed, out, load_data(recipe), Accelerator(), on_epoch)
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    return bench.once("cell", Cell, lambda: _run(bench))
+
+
+def _run(bench: Bench) -> Cell:
+    model = create_model(bench.recipe, bench.seed).to(bench.accelerator.device)
+    history, posterior = _train(bench, model)
+    validation = bench.data.validation
+    return Cell(
+        training=bench.training,
+        method=bench.recipe.train[bench.training].method,
+        seed=bench.seed,
+        folder=bench.relative,
+        dense=bench.quality(model, bench.data.test),
+        validation=bench.quality(model, validation) if validation else None,
+        size=bench.size(model),
+        log_evidence=posterior.log_evidence,
+        train_seconds=sum(record.seconds for record in history),
+        history=history,
+        masked=list(experiments.run_unstructured(bench, model, posterior)),
+        compacted=list(experiments.run_structured(bench, model, posterior)),
+    )
+
+
+def _train(bench: Bench, model: nn.Module) -> tuple[list[EpochRecord], Posterior]:
+    config, train = bench.recipe.train[bench.training], bench.data.train
+    evidence, tuned = config.evidence, config.method == "spam"
+    spam = SpaM(
+        model,
+        len(train),
+        prior=config.prior.structure,
+        curvature=config.curvature.labels,
+        precision=config.prior.precision,
+        temperature=config.temperature,
+        burn_in=evidence.burn_in if tuned else None,
+        every=evidence.every,
+        last=evidence.last,
+        update=evidence.update if tuned else "adam",
+        steps=evidence.steps,
+        lr=evidence.lr,
+        damping=evidence.damping,
+        samples=config.curvature.samples,
+        seed=bench.seed,
+    )
+    lines = bench.folder / "metrics.jsonl"
+    lines.unlink(missing_ok=True)  # a resumed run writes its past epochs again
+
+    def note(record: EpochRecord) -> None:
+        with lines.open("a", encoding="utf-8") as file:
+            file.write(record.model_dump_json() + "\n")
+        bench.on_epoch("train", record)
+
+    job = Job(
+        train=train,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        optimiser=config.optimiser,
+        seed=bench.seed,
+        augment=bench.recipe.data.augment,
+        validation=bench.data.validation,
+        checkpoint=bench.folder / "checkpoint.safetensors",
+    )
+    history = fit(model, spam, job, bench.accelerator, note)
+    path = bench.folder / "posterior.safetensors"
+    if not path.exists():
+        spam.posterior(train.loader(config.batch_size)).save(path)
+    return history, load_posterior(path)

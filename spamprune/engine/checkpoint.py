@@ -1,0 +1,106 @@
+"""Everything that training needs to go on from an epoch, in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from spamprune.bayes.spam import SpaM
+from spamprune.errors import TrainingError
+from spamprune.files import replacing
+
+_FORMAT = "spamprune-checkpoint-1"
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What training changes, besides torch's random state."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    spam: SpaM
+
+
+def save(path: Path, trainee: Trainee, epoch: int, history: list[dict[str, Any]]) -> None:
+    """Write the state after ``epoch`` to ``path``, atomically."""
+    optimizer = trainee.optimizer.state_dict()
+    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    tensors |= {f"model/{k}": v for k, v in trainee.model.state_dict().items()}
+    tensors |= {f"spam/{k}": v for k, v in trainee.spam.state_dict().items()}
+    numbers: dict[str, Any] = {}
+    for index, state in optimizer["state"].items():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                numbers[f"{index}/{key}"] = value
+    about = {
+        "epoch": epoch,
+        "history": history,
+        "groups": optimizer["param_groups"],
+        "numbers": numbers,
+    }
+    # safetensors wants each tensor's own contiguous memory, on the CPU
+    owned = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    with replacing(path) as partial:
+        save_file(owned, partial, {"format": _FORMAT, "about": json.dumps(about)})
+
+
+def load(path: Path, trainee: Trainee) -> tuple[int, list[dict[str, Any]]]:
+    """Restore ``trainee`` and torch's random state from ``path``.
+
+    Returns:
+        The epoch that the state is of, and the history up to it.
+
+    Raises:
+        TrainingError: The file is damaged or that of another run.
+    """
+    tensors, about = _read(path)
+    try:
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in _part(tensors, "optimizer/").items():
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = value
+        for key, number in about["numbers"].items():
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = number
+        trainee.model.load_state_dict(_part(tensors, "model/"))
+        trainee.spam.load_state_dict(_part(tensors, "spam/"))
+        trainee.optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
+        torch.set_rng_state(tensors["rng"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise _unusable(path, error) from error
+    return about["epoch"], about["history"]
+
+
+def model_state(path: Path) -> dict[str, Tensor]:
+    """Return the model's state dict from the checkpoint at ``path``."""
+    return _part(_read(path)[0], "model/")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unusable(path, error) from error
+    if metadata.get("format") != _FORMAT:
+        raise TrainingError(f"{path} is no checkpoint of this version of spamprune")
+    return tensors, json.loads(metadata["about"])
+
+
+def _unusable(path: Path, error: Exception) -> TrainingError:
+    reason = str(error).splitlines()[0]
+    return TrainingError(f"cannot go on from {path}: {reason}; delete it to start anew")
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,151 @@
+"""The training loop: one for training, fine-tuning and training from scratch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from spamprune.bayes.spam import SpaM
+from spamprune.data import Split
+from spamprune.data.base import Augment
+from spamprune.engine import checkpoint
+from spamprune.errors import TrainingError
+from spamprune.pruning.masks import Masks, held
+from spamprune.recipe.schema import Optimiser
+from spamprune.report import measure
+from spamprune.report.results import EpochRecord
+
+VALIDATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train on and for how long.
+
+    Attributes:
+        train: The training data.
+        epochs: Passes over it.
+        batch_size: Samples in a step.
+        optimiser: How weights move.
+        seed: Of the order of the data and its augmentation.
+        augment: Augmentation of the training data.
+        validation: Data whose accuracy is recorded after each epoch.
+        masks: Weights that stay at zero.
+        checkpoint: Where the state is kept after each epoch, to resume from.
+    """
+
+    train: Split
+    epochs: int
+    batch_size: int
+    optimiser: Optimiser
+    seed: int
+    augment: Augment = "none"
+    validation: Split | None = None
+    masks: Masks | None = None
+    checkpoint: Path | None = None
+
+
+def fit(
+    model: nn.Module,
+    spam: SpaM,
+    job: Job,
+    accelerator: Accelerator,
+    on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+) -> list[EpochRecord]:
+    """Train ``model`` in place by SpaM, or by MAP where ``spam`` never updates its prior.
+
+    The prior acts through :meth:`SpaM.shrink`, which is stable however large its precision.
+    A checkpoint that is there already is resumed from; the result is bit-identical to an
+    uninterrupted run on the same machine.
+
+    Args:
+        model: The network, on the accelerator's device.
+        spam: Its prior.
+        job: What to train on.
+        accelerator: Device and precision.
+        on_epoch: Called after each epoch, also for those that a checkpoint already holds.
+
+    Returns:
+        One record per epoch.
+
+    Raises:
+        TrainingError: The loss is no longer finite; the last good checkpoint is kept.
+    """
+    name = {"sgd": "momentum", "adam": "adam"}[job.optimiser.name]  # timm's "sgd" is Nesterov's
+    optimizer = create_optimizer_v2(
+        model.parameters(),
+        opt=name,
+        lr=job.optimiser.lr,
+        weight_decay=0.0,
+        momentum=job.optimiser.momentum,
+    )
+    loader = job.train.loader(job.batch_size, seed=job.seed, augment=job.augment)
+    # evidence is of the data itself, so its pass sees no augmentation
+    plain = job.train.loader(job.batch_size, seed=job.seed + 1)
+    steps = len(loader)
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=job.epochs * steps, lr_min=job.optimiser.min_lr, t_in_epochs=False
+    )
+    trainee = checkpoint.Trainee(model, optimizer, spam)
+    done, history = 0, []
+    if job.checkpoint is not None and job.checkpoint.exists():
+        done, lines = checkpoint.load(job.checkpoint, trainee)
+        history = [EpochRecord(**line) for line in lines]
+        for record in history:
+            on_epoch(record)
+    with held(model, job.masks, optimizer) if job.masks else nullcontext():
+        for epoch in range(done + 1, job.epochs + 1):
+            started = time.perf_counter()
+            loader.set_epoch(epoch)
+            plain.set_epoch(epoch)
+            model.train()
+            total = torch.zeros((), device=accelerator.device)
+            for step, (inputs, targets) in enumerate(loader, start=(epoch - 1) * steps):
+                if job.optimiser.schedule == "cosine":
+                    schedule.step_update(step)
+                inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
+                with accelerator.autocast():
+                    loss = F.cross_entropy(model(inputs), targets)
+                optimizer.zero_grad()
+                accelerator.backward(loss)
+                optimizer.step()
+                spam.shrink(optimizer)
+                total += loss.detach() * len(targets)
+            mean = total.item() / len(job.train)
+            if not math.isfinite(mean):
+                kept = f"; {job.checkpoint} holds epoch {epoch - 1}" if epoch > 1 else ""
+                raise TrainingError(
+                    f"the loss is {mean} in epoch {epoch}{kept if job.checkpoint else ''}: "
+                    f"lower the learning rate (optimiser.lr is {job.optimiser.lr})"
+                )
+            step_taken = spam.update(epoch, plain)
+            record = EpochRecord(
+                epoch=epoch,
+                loss=mean,
+                lr=optimizer.param_groups[0]["lr"],
+                seconds=time.perf_counter() - started,
+                validation_accuracy=_accuracy(model, job.validation) if job.validation else None,
+                log_evidence=step_taken.after if step_taken else None,
+                log_precision=spam.mean_log_precision() if step_taken else None,
+            )
+            history.append(record)
+            if job.checkpoint is not None:
+                lines = [line.model_dump() for line in history]
+                checkpoint.save(job.checkpoint, trainee, epoch, lines)
+            on_epoch(record)
+    return history
+
+
+def _accuracy(model: nn.Module, split: Split) -> float:
+    return measure.quality(model, split.loader(VALIDATION_BATCH)).accuracy

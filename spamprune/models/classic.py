@@ -1,0 +1,102 @@
+"""The small networks of the SpaM paper (its appendix G), registered with timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models import register_model
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Fully connected ReLU network on flattened inputs.
+
+    Args:
+        widths: Sizes from the input to the last hidden layer, such as ``(30, 100, 100)``.
+        num_classes: Number of outputs.
+    """
+
+    def __init__(self, widths: tuple[int, ...], num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.flatten = nn.Flatten()
+        for i in range(1, len(widths)):
+            self.add_module(f"fc{i}", nn.Linear(widths[i - 1], widths[i]))
+            self.add_module(f"act{i}", nn.ReLU())
+        self.head = nn.Linear(widths[-1], num_classes)
+
+
+class LeNet(nn.Module):
+    """LeNet of the paper: three convolutions, one hidden layer, no normalisation.
+
+    For 28×28 inputs: 1→6 (5×5), 6→16 (3×3), 16→120 (5×5), 120→84→10; 60 170 parameters.
+
+    Args:
+        num_classes: Number of outputs.
+        in_chans: Input channels.
+        kernels: Sizes of the three kernels; the third must cover what pooling leaves.
+        widths: Output sizes of the three convolutions and the hidden layer.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_chans: int = 1,
+        kernels: tuple[int, int, int] = (5, 3, 5),
+        widths: tuple[int, int, int, int] = (6, 16, 120, 84),
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.conv1 = nn.Conv2d(in_chans, widths[0], kernels[0])
+        self.conv2 = nn.Conv2d(widths[0], widths[1], kernels[1])
+        self.conv3 = nn.Conv2d(widths[1], widths[2], kernels[2])
+        self.fc = nn.Linear(widths[2], widths[3])
+        self.head = nn.Linear(widths[3], num_classes)
+        self.pool = nn.MaxPool2d(2)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``."""
+        # pooling before the ReLU gives the same values as after it, on a quarter of the pixels
+        x = self.act(self.pool(self.conv1(x)))
+        x = self.act(self.pool(self.conv2(x)))
+        x = self.act(self.conv3(x))
+        x = self.act(self.fc(torch.flatten(x, 1)))
+        return self.head(x)
+
+
+def _without_timm_keys(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Drop what ``timm.create_model`` adds for its own builders."""
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    }
+
+
+@register_model
+def fc_cancer(pretrained: bool = False, **kwargs: Any) -> MLP:
+    """FC 30-100-100-2 of the paper for the breast-cancer data; 13 402 parameters."""
+    defaults: dict[str, Any] = {"widths": (30, 100, 100), "num_classes": 2}
+    return MLP(**{**defaults, **_without_timm_keys(kwargs)})
+
+
+@register_model
+def fc_mnist(pretrained: bool = False, **kwargs: Any) -> MLP:
+    """FC 784-256-10 of the paper for MNIST-sized images; 203 530 parameters."""
+    defaults: dict[str, Any] = {"widths": (784, 256), "num_classes": 10}
+    return MLP(**{**defaults, **_without_timm_keys(kwargs)})
+
+
+@register_model
+def lenet(pretrained: bool = False, **kwargs: Any) -> LeNet:
+    """LeNet of the paper for 28×28 grey images; 60 170 parameters."""
+    return LeNet(**_without_timm_keys(kwargs))
+
+
+@register_model
+def lenet_cifar(pretrained: bool = False, **kwargs: Any) -> LeNet:
+    """LeNet of the paper for 32×32 colour images: three inputs, 5×5 kernels throughout."""
+    defaults: dict[str, Any] = {"in_chans": 3, "kernels": (5, 5, 5)}
+    return LeNet(**{**defaults, **_without_timm_keys(kwargs)})

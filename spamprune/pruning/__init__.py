@@ -1,0 +1,1 @@
+"""Masks, importances, and the plan, apply, verify steps of structured pruning."""

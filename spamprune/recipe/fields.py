@@ -1,0 +1,64 @@
+"""The fields of a recipe as a tree to walk, from its JSON Schema: which names are valid where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from spamprune.recipe.document import FieldPath
+from spamprune.recipe.schema import Recipe
+
+Node = dict[str, Any]  # a JSON Schema; {} where everything goes
+
+ROOT: Node = Recipe.model_json_schema()
+
+
+def plain(node: Node) -> Node:
+    """Follow references, and drop the null of an optional field."""
+    while True:
+        if "$ref" in node:
+            node = ROOT["$defs"][node["$ref"].rpartition("/")[2]]
+        elif options := node.get("anyOf") or node.get("allOf"):
+            node = next(option for option in options if option.get("type") != "null")
+        else:
+            return node
+
+
+def tags(node: Node) -> dict[str, str]:
+    """Return the sections that ``node`` chooses from, by the tag that chooses; else nothing."""
+    mapping: dict[str, str] = node.get("discriminator", {}).get("mapping", {})
+    return mapping
+
+
+def tagged(node: Node, data: object) -> Node:
+    """Return the section that the tag in ``data`` chooses; ``node`` itself without a choice."""
+    node = plain(node)
+    if not tags(node):
+        return node
+    tag = data.get(node["discriminator"]["propertyName"]) if isinstance(data, dict) else None
+    return plain({"$ref": tags(node)[tag]}) if tag in tags(node) else {}
+
+
+def child(node: Node, step: str | int) -> Node:
+    """Return what ``node`` says of its entry ``step``; {} if nothing."""
+    inner = node.get("properties", {}).get(step)
+    if inner is None:
+        inner = node.get("items") or node.get("additionalProperties") or {}
+    return plain(inner) if isinstance(inner, dict) else {}
+
+
+def follow(location: Sequence[str | int]) -> tuple[FieldPath, Node, Node]:
+    """Turn pydantic's location of an error into the user's.
+
+    Returns:
+        The field's path without the tags that pydantic puts in, what the schema says of the
+        section around the field, and of the field.
+    """
+    path: FieldPath = ()
+    parent, node = {}, ROOT
+    for step in location:
+        if tags(node):
+            node = plain({"$ref": tags(node)[str(step)]})
+        elif node:
+            path, parent, node = (*path, step), node, child(node, step)
+    return path, parent, node

@@ -1,0 +1,294 @@
+"""What a recipe may say: pydantic models, one per section, defaults those of the paper's code.
+
+Every field is described here and nowhere else: ``spamprune schema`` prints these descriptions, and
+unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from spamprune.errors import SpampruneError, nearest
+
+
+def _known(kind: str) -> AfterValidator:
+    """Look a name up with the function that recipe.load passes in the context, if any."""
+
+    def check(name: str, info: ValidationInfo) -> str:
+        if info.context:
+            try:
+                info.context[kind](name)
+            except SpampruneError as e:
+                raise ValueError(str(e)) from None
+        return name
+
+    return AfterValidator(check)
+
+
+def _fault(message: str, *path: str | int) -> PydanticCustomError:
+    """Return the error of a rule between fields that blames the field at ``path``."""
+    return PydanticCustomError("rule", "{message}", {"message": message, "path": path})
+
+
+Criterion = Annotated[str, _known("criterion")]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are errors and values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Which data set, from where, and how it is split."""
+
+    name: Annotated[str, _known("data set")] = Field(
+        description="Name of the data set: `spamprune data` lists them."
+    )
+    root: str | None = Field(
+        None,
+        description="Folder with the raw files in their standard names, gzipped or not; by default "
+        "the places that the data set knows, else a download.",
+    )
+    validation: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Fraction of the training data held out for choices; 0 trains on all.",
+    )
+    augment: Literal["none", "flip", "flip_crop"] = Field(
+        "none", description="Random horizontal flips, and crops after padding by 4 pixels."
+    )
+    image_size: int | None = Field(
+        None, ge=1, description="Side that images of an image folder are resized to, in pixels."
+    )
+
+
+class Model(Section):
+    """Which network: any name that timm's registry knows, ours included."""
+
+    name: Annotated[str, _known("model")] = Field(description="Name of the architecture.")
+    kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict, description="Further arguments of `timm.create_model`."
+    )
+
+
+class Optimiser(Section):
+    """How weights move."""
+
+    name: Literal["sgd", "adam"] = Field("sgd", description="The optimiser.")
+    lr: float = Field(0.1, gt=0, description="Learning rate at the start.")
+    min_lr: float = Field(1e-6, ge=0, description="Learning rate at the end of a cosine schedule.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="How the learning rate falls, step by step."
+    )
+
+
+class Prior(Section):
+    """The Gaussian prior on the weights."""
+
+    structure: Literal["scalar", "layerwise", "unitwise", "parameterwise"] = Field(
+        "parameterwise", description="How prior precisions are tied."
+    )
+    precision: float = Field(1.0, gt=0, description="δ₀, the precision at the start.")
+
+
+class Curvature(Section):
+    """How the curvature of the loss is estimated."""
+
+    labels: Literal["ef", "ggn"] = Field(
+        "ef",
+        description="ef: empirical Fisher; ggn: Gauss-Newton with labels drawn from the model.",
+    )
+    samples: int | None = Field(
+        None, ge=1, description="Samples seen by the curvature pass of an update; all by default."
+    )
+
+
+class Evidence(Section):
+    """When and how the marginal likelihood tunes the prior."""
+
+    update: Literal["adam", "exact"] = Field(
+        "adam",
+        description="adam: steps on log δ; exact: closed-form optimum of a parameterwise prior.",
+    )
+    burn_in: int = Field(0, ge=0, description="Epochs before the first update.")
+    every: int = Field(5, ge=1, description="Epochs between updates.")
+    last: int | None = Field(None, ge=1, description="No update after this epoch.")
+    steps: int = Field(100, ge=1, description="Adam steps of an update.")
+    lr: float = Field(0.1, gt=0, description="Learning rate of those steps.")
+    damping: float = Field(
+        0.0, ge=0, lt=1, description="For exact: weight of the old log δ in the new one."
+    )
+
+
+class Train(Section):
+    """One way of training the network."""
+
+    method: Literal["spam", "map"] = Field(
+        "spam", description="spam: the evidence tunes the prior; map: the prior stays as it is."
+    )
+    epochs: int = Field(100, ge=1, description="Passes over the training data.")
+    batch_size: int = Field(128, ge=1, description="Samples in a step.")
+    optimiser: Optimiser = Field(default_factory=Optimiser, description="How weights move.")
+    prior: Prior = Field(default_factory=Prior, description="The Gaussian prior.")
+    curvature: Curvature = Field(default_factory=Curvature, description="Of the loss.")
+    evidence: Evidence = Field(default_factory=Evidence, description="Tuning of the prior.")
+    temperature: float = Field(1.0, gt=0, description="T; larger is sparser.")
+
+    @model_validator(mode="after")
+    def _exact_needs_parameterwise(self) -> Train:
+        exact = self.method == "spam" and self.evidence.update == "exact"
+        if exact and self.prior.structure != "parameterwise":
+            raise _fault(
+                "'exact' needs prior.structure 'parameterwise', not "
+                f"{self.prior.structure!r}: use 'adam'",
+                "evidence",
+                "update",
+            )
+        return self
+
+
+class FineTune(Section):
+    """Training after pruning, under a fixed N(0, 1/precision) prior."""
+
+    epochs: int = Field(10, ge=1, description="Passes over the training data.")
+    batch_size: int = Field(128, ge=1, description="Samples in a step.")
+    optimiser: Optimiser = Field(
+        default_factory=lambda: Optimiser(lr=0.01), description="How weights move."
+    )
+    precision: float = Field(1.0, gt=0, description="Prior precision while fine-tuning.")
+
+
+class Target(Section):
+    """How small a structured experiment makes the network; exactly one of the fields."""
+
+    ratio: Fraction | None = Field(None, description="Fraction of units removed.")
+    macs: OpenFraction | None = Field(None, description="Fraction of the MACs that may remain.")
+    params: OpenFraction | None = Field(
+        None, description="Fraction of the parameters that may remain."
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Target:
+        given = [k for k in ("ratio", "macs", "params") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise _fault(
+                f"give exactly one of ratio, macs, params, not {' and '.join(given) or 'none'}"
+            )
+        return self
+
+
+class Unstructured(Section):
+    """Global one-shot masks over all parameters."""
+
+    kind: Literal["unstructured"] = Field(description="Which kind of pruning this is.")
+    criteria: list[Criterion] = Field(["opd"], min_length=1, description="Scores to prune by.")
+    sparsities: list[Fraction] = Field(
+        [0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99],
+        min_length=1,
+        description="Fractions of weights set to zero.",
+    )
+    finetune: FineTune | None = Field(None, description="Training after pruning; none by default.")
+
+
+class Structured(Section):
+    """Units removed for real, coupled layers together."""
+
+    kind: Literal["structured"] = Field(description="Which kind of pruning this is.")
+    criteria: list[Criterion] = Field(["opd"], min_length=1, description="Scores to prune by.")
+    ranking: Literal["uniform", "global"] = Field(
+        "uniform",
+        description="uniform: the same ratio in each layer (the paper's); global: units compete.",
+    )
+    targets: list[Target] = Field(min_length=1, description="How small the network becomes.")
+    trainings: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the trainings this applies to; all by default.",
+    )
+    min_units: int = Field(1, ge=1, description="Units that each layer keeps at least.")
+    finetune: FineTune | None = Field(None, description="Training after pruning; none by default.")
+    scratch: Optimiser | None = Field(
+        None,
+        description="Also train the pruned architecture from fresh weights, with this optimiser "
+        "and for as long as the fine-tuning takes: the honest baseline.",
+    )
+
+    @model_validator(mode="after")
+    def _scratch_needs_finetune(self) -> Structured:
+        if self.scratch is not None and self.finetune is None:
+            raise _fault("it is compared with fine-tuning: give finetune too", "scratch")
+        return self
+
+
+Experiment = Annotated[Unstructured | Structured, Field(discriminator="kind")]
+
+
+class Evaluate(Section):
+    """What is measured."""
+
+    batch_size: int = Field(1000, ge=1, description="Samples in an evaluation batch.")
+    bins: int = Field(15, ge=1, description="Equal-width bins of the calibration error.")
+    latency_batches: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 128], description="Batch sizes at which latency is measured."
+    )
+    latency_repeats: int = Field(30, ge=1, description="Timed repeats; the median is reported.")
+
+
+class Recipe(Section):
+    """An experiment: train the model in each way, for each seed, prune it, and report."""
+
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Short name; names the run's folder."
+    )
+    description: str = Field("", description="What the experiment shows and how long it takes.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0], min_length=1, description="Each seed is a repetition."
+    )
+    threads: int = Field(
+        1, ge=1, description="CPU threads of each process; part of what makes a run repeatable."
+    )
+    data: Data = Field(description="The data set.")
+    model: Model = Field(description="The network.")
+    train: dict[str, Train] = Field(
+        min_length=1, description="Ways of training, by a name that appears in the report."
+    )
+    prune: list[Experiment] = Field(
+        default_factory=list, description="Experiments on each trained network."
+    )
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="What is measured.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise _fault(f"{self.seeds} are not distinct", "seeds")
+        for name in self.train:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+                raise _fault(
+                    f"{name!r} cannot name a training: use letters, digits, - and _", "train", name
+                )
+        for i, experiment in enumerate(self.prune):
+            if isinstance(experiment, Structured) and experiment.trainings is not None:
+                for j, name in enumerate(experiment.trainings):
+                    if name not in self.train:
+                        raise _fault(
+                            f"no training is called {name!r}: {nearest(name, self.train)}",
+                            *("prune", i, "trainings", j),
+                        )
+        return self

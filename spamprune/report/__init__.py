@@ -1,0 +1,1 @@
+"""What a run measured: the numbers, the figures and the page."""

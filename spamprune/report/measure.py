@@ -1,0 +1,170 @@
+"""How well a network predicts and what it costs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from spamprune.bayes.parameters import device_of, evaluation_mode
+from spamprune.errors import DataError
+from spamprune.report.results import Quality, Size
+
+_WARM_UP = 3
+
+
+@torch.no_grad()
+def quality(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]], *, bins: int = 15
+) -> Quality:
+    """Measure a classifier's predictions at its point estimate.
+
+    Args:
+        model: Maps inputs ``(B, ...)`` to logits ``(B, C)``; its modes are restored afterwards.
+        loader: Batches of inputs and integer class labels ``(B,)``.
+        bins: Equal-width bins of the calibration error.
+
+    Returns:
+        Accuracy in percent, mean negative log likelihood in nats, expected calibration error
+        (l1, of the most probable class; torchmetrics' binning) in 0..1, and Brier score summed
+        over classes in 0..2.
+
+    Raises:
+        DataError: The loader is empty.
+    """
+    device = device_of(model)
+    accuracy = calibration = None
+    nll = brier = 0.0
+    n = 0
+    with evaluation_mode(model):
+        for x, y in loader:
+            logits, y = model(x.to(device)).float(), y.to(device)
+            if accuracy is None or calibration is None:
+                classes = logits.shape[1]
+                accuracy = MulticlassAccuracy(classes, average="micro").to(device)
+                calibration = MulticlassCalibrationError(classes, n_bins=bins, norm="l1").to(device)
+            probabilities = logits.softmax(1)
+            accuracy.update(probabilities, y)
+            calibration.update(probabilities, y)
+            # sums over a data set lose digits in single precision
+            nll += F.cross_entropy(logits.double(), y, reduction="sum").item()
+            truth = F.one_hot(y, logits.shape[1])
+            brier += (probabilities.double() - truth).square().sum().item()
+            n += len(y)
+    if accuracy is None or calibration is None:
+        raise DataError("there are no samples to evaluate on: the loader is empty")
+    return Quality(
+        accuracy=100 * accuracy.compute().item(),
+        nll=nll / n,
+        ece=calibration.compute().item(),
+        brier=brier / n,
+    )
+
+
+@torch.no_grad()
+def size(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    latency_batches: Sequence[int] = (1, 128),
+    repeats: int = 30,
+) -> Size:
+    """Measure what a forward pass of ``model`` costs, in evaluation mode and without gradients.
+
+    Args:
+        model: The network; its modes are restored afterwards.
+        example: One input, ``(1, ...)``, on the model's device.
+        latency_batches: Batch sizes at which to time it.
+        repeats: Timed passes at each batch size, after a warm-up.
+
+    Returns:
+        Parameters (tied ones once) and those that are not exactly zero; MACs of one sample; bytes
+        of the parameters as they are in memory, without buffers; median latency in seconds and
+        the CPU threads that it was measured with.
+    """
+    parameters = list(model.parameters())
+    with evaluation_mode(model):
+        return Size(
+            params=sum(p.numel() for p in parameters),
+            nonzero=sum(int(p.count_nonzero()) for p in parameters),
+            macs=_macs(model, example),
+            bytes=sum(p.numel() * p.element_size() for p in parameters),
+            latency={batch: _latency(model, example, batch, repeats) for batch in latency_batches},
+            threads=torch.get_num_threads(),
+        )
+
+
+def _macs(model: nn.Module, example: Tensor) -> int:
+    """Count the multiply-accumulates of convolutions, linear layers and matrix products.
+
+    Biases, normalisation, activations and pooling are not counted. A mask saves nothing here:
+    multiplying by zero is counted.
+    """
+    counter = FlopCounterMode(display=False)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # fused attention hides its matrix products from the counter
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            model(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() // 2
+
+
+def _latency(model: nn.Module, example: Tensor, batch: int, repeats: int) -> float:
+    """Return the median wall-clock seconds of a forward pass of ``batch`` samples."""
+    x = example.expand(batch, *example.shape[1:]).contiguous()
+    seconds = []
+    for _ in range(_WARM_UP + repeats):
+        _wait(x)
+        start = time.perf_counter()
+        model(x)
+        _wait(x)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[_WARM_UP:])
+
+
+def _wait(x: Tensor) -> None:
+    """Wait until the accelerator that holds ``x`` has nothing left to do."""
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize(x.device)
+
+
+def environment() -> dict[str, str]:
+    """Return the versions and the hardware that results depend on, in words."""
+    # torch's own word names its build too
+    about = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("spamprune", "timm", "torch-pruning"):
+        try:
+            about[package] = version(package)
+        except PackageNotFoundError:  # imported from a checkout that is not installed
+            about[package] = "not installed"
+    about["platform"] = platform.platform()
+    about["cpu"] = _cpu()
+    about["cores"] = str(os.cpu_count())
+    about["threads"] = str(torch.get_num_threads())
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
+    return about
+
+
+def _cpu() -> str:
+    """Return the model of the processor, as well as this system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

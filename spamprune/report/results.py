@@ -1,0 +1,164 @@
+"""The shape of ``results.json``: what a run measured, as data that any program can read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from spamprune.errors import OutputError
+
+RESULTS = "results.json"
+
+
+class Record(BaseModel):
+    """A part of the results."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
+
+
+class Quality(Record):
+    """How well a network predicts the test data, at its point estimate."""
+
+    accuracy: float  # percent
+    nll: float  # nats per sample
+    ece: float  # 0..1, equal-width bins
+    brier: float  # sum over classes, 0..2
+
+
+class Size(Record):
+    """What a network costs."""
+
+    params: int
+    nonzero: int
+    macs: int  # of one sample
+    bytes: int  # of the parameters
+    artifact_bytes: int | None = None  # of the files on disk
+    latency: dict[int, float] = {}  # batch size → median seconds of a forward pass
+    threads: int = 1
+
+
+class Masked(Record):
+    """One unstructured pruning of a trained network."""
+
+    kind: Literal["unstructured"] = "unstructured"
+    experiment: int  # its position in the recipe's `prune`
+    criterion: str
+    requested: float
+    achieved: float
+    pruned: Quality
+    finetuned: Quality | None = None
+
+
+class Compacted(Record):
+    """One structured pruning of a trained network."""
+
+    kind: Literal["structured"] = "structured"
+    experiment: int
+    criterion: str
+    ranking: Literal["uniform", "global"]
+    target: dict[str, float]  # such as {"macs": 0.1}
+    achieved: dict[str, float]  # the same keys: what was reached
+    notes: list[str]  # layers kept whole or at their minimum, with the reason
+    widths: dict[str, int]  # layer → units kept
+    residual: float  # largest relative difference from the masked network
+    size: Size
+    pruned: Quality
+    finetuned: Quality | None = None
+    scratch: Quality | None = None  # the same architecture trained from fresh weights
+    artifact: str  # folder, relative to the run's
+
+
+class EpochRecord(Record):
+    """One epoch of training: a line of ``metrics.jsonl``."""
+
+    epoch: int
+    loss: float  # mean training loss in nats
+    lr: float
+    seconds: float
+    validation_accuracy: float | None = None  # percent
+    log_evidence: float | None = None  # nats, after this epoch's update
+    log_precision: list[float] | None = None  # mean log δ of each parameter tensor
+
+
+class Cell(Record):
+    """One training with one seed, and all that was pruned from it."""
+
+    training: str
+    method: Literal["spam", "map"]
+    seed: int
+    folder: str  # relative to the run's
+    dense: Quality
+    validation: Quality | None
+    size: Size
+    log_evidence: float
+    train_seconds: float
+    history: list[EpochRecord]
+    masked: list[Masked]
+    compacted: list[Compacted]
+
+
+class Results(Record):
+    """Everything a run measured."""
+
+    name: str
+    description: str
+    data: dict[str, Any]  # name, sizes of the splits, classes, where it came from
+    environment: dict[str, str]  # versions and hardware
+    seconds: float
+    cells: list[Cell]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that a crash leaves the old file or the new one, never half of it.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}: choose a folder with room that is yours"
+        ) from error
+
+
+def write_results(folder: Path, results: Results) -> Path:
+    """Write ``results.json`` into ``folder``, atomically, and return its path.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
+    path = folder / RESULTS
+    write_atomically(path, results.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def read_results(folder: Path) -> Results:
+    """Read the ``results.json`` in ``folder``.
+
+    Raises:
+        OutputError: The file is missing, damaged or of another version.
+    """
+    path = folder / RESULTS
+    try:
+        return Results.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise OutputError(
+            f"cannot read {path}: {error.strerror}: give the folder of a finished run"
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise OutputError(
+            f"{path} is damaged or of another version of spamprune: {where}: {first['msg']}: "
+            "run the recipe again"
+        ) from error

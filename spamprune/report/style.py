@@ -1,0 +1,148 @@
+"""How figures look: colours, line styles, and the way from a figure to an SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, ParamSpec
+
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from spamprune.report.results import Results
+
+P = ParamSpec("P")
+
+INK = "#1f2933"
+GREY = "#6b7280"
+ZERO = "#b9bec6"  # of weights that are exactly zero
+
+# the palette of Okabe and Ito, safe for colour-blind readers, without its yellow
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255")
+_CRITERION_COLOURS = {
+    "opd": "#0072b2",
+    "magnitude": "#d55e00",
+    "snip": "#009e73",
+    "grasp": "#cc79a7",
+    "synflow": "#e69f00",
+    "obd": "#56b4e9",
+    "taylor": "#882255",
+    "bmr": "#332288",
+    "random": GREY,
+}
+_MARKERS = dict(zip(_CRITERION_COLOURS, "osD^vPXhd", strict=True))
+_DASHES: dict[str, Any] = {
+    "opd": "-",
+    "magnitude": (0, (5, 1.5)),
+    "snip": (0, (1, 1)),
+    "grasp": (0, (3, 1, 1, 1)),
+    "synflow": (0, (3, 1, 1, 1, 1, 1)),
+    "obd": (0, (8, 2)),
+    "taylor": (0, (8, 2, 1, 2)),
+    "bmr": (0, (1, 3)),
+    "random": (0, (2, 4)),
+}
+
+_STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 10,
+    "axes.linewidth": 0.8,
+    "axes.prop_cycle": cycler(color=_PALETTE),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "figure.dpi": 200,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 10,
+    "legend.frameon": False,
+    "legend.handlelength": 2.8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5,
+    # text stays text: it can be searched and read aloud
+    "svg.fonttype": "none",
+    "svg.hashsalt": "spamprune",
+    "text.color": INK,
+    "xtick.color": INK,
+    "xtick.labelsize": 9,
+    "ytick.color": INK,
+    "ytick.labelsize": 9,
+}
+
+
+def svg(draw: Callable[P, Figure]) -> Callable[P, str]:
+    """Turn a function that draws a figure into one that returns it as SVG text.
+
+    The same data give the same text: element ids are salted and no date is written.
+    """
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # a user's matplotlibrc must not change the report
+            matplotlib.rcParams.update(_STYLE)
+            buffer = io.StringIO()
+            draw(*args, **kwargs).savefig(
+                buffer, format="svg", metadata={"Date": None, "Creator": None}
+            )
+        return buffer.getvalue()
+
+    return drawn
+
+
+def training_colours(results: Results) -> dict[str, str]:
+    """Return the colour of each training: grey for the first MAP one, the baseline."""
+    colours: dict[str, str] = {}
+    for cell in results.cells:
+        if cell.training not in colours:
+            baseline = cell.method == "map" and GREY not in colours.values()
+            used = sum(colour != GREY for colour in colours.values())
+            colours[cell.training] = GREY if baseline else _PALETTE[used % len(_PALETTE)]
+    return colours
+
+
+def _looks(names: Iterable[str], fixed: dict[str, Any]) -> dict[str, Any]:
+    """Return the fixed look of each known name, and an unused one for each other name."""
+    names = list(names)
+    spare = [look for name, look in fixed.items() if name not in names]
+    others = [name for name in names if name not in fixed]
+    looks = {name: fixed[name] for name in names if name in fixed}
+    return looks | {name: spare[i % len(spare)] for i, name in enumerate(others)}
+
+
+def criterion_colours(names: Iterable[str]) -> dict[str, str]:
+    """Return the colour of each criterion."""
+    return _looks(names, _CRITERION_COLOURS)
+
+
+def criterion_dashes(names: Iterable[str]) -> dict[str, Any]:
+    """Return the line style of each criterion."""
+    return _looks(names, _DASHES)
+
+
+def criterion_markers(names: Iterable[str]) -> dict[str, str]:
+    """Return the marker of each criterion."""
+    return _looks(names, _MARKERS)
+
+
+def legend(figure: Figure, handles: list[Any], columns: int) -> None:
+    """Put one legend below all panels, where it covers no data."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+def band(axes: Axes, x: list[float], mean: list[float], error: list[float], colour: str) -> None:
+    """Shade ± one standard error around a line."""
+    low = [m - e for m, e in zip(mean, error, strict=True)]
+    high = [m + e for m, e in zip(mean, error, strict=True)]
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

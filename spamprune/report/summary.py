@@ -1,0 +1,161 @@
+"""What the figures and tables show: results grouped by what was done, spread over seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from spamprune.report.results import Cell, Compacted, Quality, Results
+
+Stage = Literal["pruned", "finetuned", "scratch"]
+MaskedSeries = dict[tuple[str, str], dict[float, list[Quality]]]
+
+TOLERANCE = 1.0  # points of accuracy that a headline may lose
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over seeds, and its standard error where there are at least two."""
+
+    mean: float
+    error: float | None
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Return the mean of ``values`` (at least one) and its standard error."""
+    values = list(values)
+    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+    if len(values) < 2 or math.isnan(mean):
+        return Spread(mean, None)
+    return Spread(mean, statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def spread_of(qualities: Sequence[Quality], metric: str) -> Spread:
+    """Return the spread of one field of several measurements."""
+    return spread(getattr(quality, metric) for quality in qualities)
+
+
+def trainings(results: Results) -> dict[str, list[Cell]]:
+    """Return the cells of each training, in the order of the results."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in results.cells:
+        groups.setdefault(cell.training, []).append(cell)
+    return groups
+
+
+def dense(cells: Sequence[Cell], metric: str) -> Spread:
+    """Return the spread of one field of the unpruned networks' quality."""
+    return spread_of([cell.dense for cell in cells], metric)
+
+
+def unstructured_experiments(results: Results) -> list[int]:
+    """Return the positions in the recipe of the unstructured experiments that have results."""
+    return sorted({m.experiment for cell in results.cells for m in cell.masked})
+
+
+def masked_series(results: Results, experiment: int, stage: Stage) -> MaskedSeries:
+    """Return what masks did: (training, criterion) → sparsity → one measurement per seed."""
+    series: MaskedSeries = {}
+    for cell in results.cells:
+        for masked in cell.masked:
+            quality: Quality | None = getattr(masked, stage)
+            if masked.experiment == experiment and quality is not None:
+                points = series.setdefault((cell.training, masked.criterion), {})
+                points.setdefault(masked.requested, []).append(quality)
+    return {key: dict(sorted(points.items())) for key, points in series.items()}
+
+
+@dataclass(frozen=True)
+class Family:
+    """The networks that one structured pruning made, one per seed.
+
+    Attributes:
+        experiment: Its position in the recipe's ``prune``.
+        members: Each pruned network with the cell that it came from.
+    """
+
+    experiment: int
+    training: str
+    criterion: str
+    ranking: str
+    target: dict[str, float]
+    members: list[tuple[Cell, Compacted]]
+
+    def accuracy(self, stage: Stage) -> Spread | None:
+        """Return the accuracy at ``stage`` in percent, or None if it was not measured."""
+        measured: list[Quality | None] = [getattr(pruned, stage) for _, pruned in self.members]
+        present = [quality for quality in measured if quality is not None]
+        return spread_of(present, "accuracy") if present else None
+
+    def final_accuracy(self) -> Spread:
+        """Return the accuracy of the networks as they were saved, in percent."""
+        return spread((pruned.finetuned or pruned.pruned).accuracy for _, pruned in self.members)
+
+    def dense_accuracy(self) -> Spread:
+        """Return the accuracy of the networks that these came from, in percent."""
+        return dense([cell for cell, _ in self.members], "accuracy")
+
+    def cost(self, field: str) -> Spread:
+        """Return the spread of a field of the size."""
+        return spread(getattr(pruned.size, field) for _, pruned in self.members)
+
+    def saving(self, field: str) -> float:
+        """Return how many times smaller a field of the size became, on average."""
+        return spread(
+            getattr(cell.size, field) / getattr(pruned.size, field) for cell, pruned in self.members
+        ).mean
+
+
+def families(results: Results) -> list[Family]:
+    """Return every structured pruning, in the order of the results."""
+    groups: dict[tuple[object, ...], Family] = {}
+    for cell in results.cells:
+        for p in cell.compacted:
+            target = tuple(sorted(p.target.items()))
+            key = (p.experiment, cell.training, p.criterion, p.ranking, target)
+            new = Family(p.experiment, cell.training, p.criterion, p.ranking, p.target, [])
+            groups.setdefault(key, new).members.append((cell, p))
+    return sorted(groups.values(), key=lambda family: family.experiment)
+
+
+def best_family(candidates: Sequence[Family]) -> Family | None:
+    """Return the family with the fewest bytes that loses at most :data:`TOLERANCE` points."""
+    good = [
+        family
+        for family in candidates
+        if family.final_accuracy().mean >= family.dense_accuracy().mean - TOLERANCE
+    ]
+    return min(good, key=lambda family: family.cost("bytes").mean, default=None)
+
+
+@dataclass(frozen=True)
+class SparsityRecord:
+    """The largest sparsity that loses at most :data:`TOLERANCE` points."""
+
+    training: str
+    criterion: str
+    sparsity: float
+    accuracy: Spread
+    dense_accuracy: Spread
+    finetuned: bool
+
+
+def best_sparsity(results: Results) -> SparsityRecord | None:
+    """Return the sparsest masked networks that lose at most :data:`TOLERANCE` points."""
+    by_training = {name: dense(cells, "accuracy") for name, cells in trainings(results).items()}
+    stages: tuple[Stage, ...] = ("pruned", "finetuned")
+    good = [
+        SparsityRecord(
+            training, criterion, sparsity, accuracy, by_training[training], stage == "finetuned"
+        )
+        for experiment in unstructured_experiments(results)
+        for stage in stages
+        for (training, criterion), points in masked_series(results, experiment, stage).items()
+        for sparsity, qualities in points.items()
+        for accuracy in [spread_of(qualities, "accuracy")]
+        if sparsity > 0 and accuracy.mean >= by_training[training].mean - TOLERANCE
+    ]
+    return max(good, key=lambda record: (record.sparsity, record.accuracy.mean), default=None)

@@ -1,0 +1,136 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spamprune.bayes.posterior import fit_posterior, load_posterior
+from spamprune.bayes.spam import SpaM
+from spamprune.errors import PosteriorError
+
+
+def problem(n=64):
+    torch.manual_seed(0)
+    inputs = torch.randn(n, 5)
+    targets = (inputs[:, 0] > 0).long()
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
+    return model, [(inputs, targets)]
+
+
+def optimisers(parameters):
+    return {
+        "sgd": torch.optim.SGD(parameters, lr=0.3),
+        "momentum": torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
+        "nesterov": torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True),
+        "adam": torch.optim.Adam(parameters, lr=0.003),
+    }
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam"])
+def test_shrinking_settles_where_the_penalised_loss_is_stationary(name):
+    model, [(inputs, targets)] = problem()
+    spam = SpaM(model, 64, prior="unitwise", precision=5.0, burn_in=None)
+    spam.prior.factors()[0].add_(torch.linspace(-1, 1, 8)[:, None])
+    spam.load_state_dict(spam.state_dict())  # strengths follow the changed prior
+    optimizer = optimisers(list(model.parameters()))[name]
+    for step in range(4000):
+        optimizer.param_groups[0]["lr"] *= 0.998 if step > 2000 else 1
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        spam.shrink(optimizer)
+    loss = F.cross_entropy(model(inputs), targets) + spam.penalty()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert max(g.abs().max().item() for g in gradients) < 2e-3
+
+
+def test_shrinking_is_stable_for_any_precision():
+    model, [(inputs, targets)] = problem()
+    spam = SpaM(model, 64, precision=1e9, burn_in=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(50):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        spam.shrink(optimizer)
+    assert all(p.abs().max() < 1e-4 for p in model.parameters())
+
+
+def test_shrink_refuses_an_optimiser_whose_step_it_does_not_know():
+    model, [(inputs, targets)] = problem()
+    optimizer = torch.optim.Rprop(model.parameters())
+    F.cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+    with pytest.raises(PosteriorError, match=r"Rprop.*penalty"):
+        SpaM(model, 64).shrink(optimizer)
+
+
+def test_the_penalty_is_the_formula():
+    model, _ = problem()
+    spam = SpaM(model, 64, prior="scalar", precision=3.0, temperature=2.0)
+    expected = 2.0 * 0.5 * 3.0 * sum(p.square().sum() for p in model.parameters()) / 64
+    torch.testing.assert_close(spam.penalty(), expected)
+
+
+def test_updates_come_when_they_are_due():
+    model, loader = problem()
+    spam = SpaM(model, 64, burn_in=2, every=3, last=9, steps=5)
+    due = [epoch for epoch in range(1, 15) if spam.update(epoch, loader) is not None]
+    assert due == [3, 6, 9]
+    assert SpaM(model, 64, burn_in=None).update(5, loader) is None
+
+
+@pytest.mark.parametrize("update", ["adam", "exact"])
+def test_an_update_raises_the_evidence_and_changes_the_penalty(update):
+    model, loader = problem()
+    spam = SpaM(model, 64, prior="parameterwise", update=update, every=1)
+    before = spam.penalty().item()
+    step = spam.update(1, loader)
+    assert step is not None and step.after > step.before
+    assert spam.penalty().item() != before
+
+
+def test_a_restored_spam_goes_on_the_same():
+    model, loader = problem()
+    first = SpaM(model, 64, prior="unitwise", every=1, steps=10)
+    first.update(1, loader)
+    second = SpaM(model, 64, prior="unitwise", every=1, steps=10)
+    second.load_state_dict(first.state_dict())
+    first.update(2, loader)
+    second.update(2, loader)
+    for a, b in zip(first.prior.factors(), second.prior.factors(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_posterior_is_curvature_plus_prior():
+    model, loader = problem()
+    posterior = fit_posterior(model, loader, n_data=64, prior=2.5, temperature=4.0)
+    for name, precision in posterior.precision().items():
+        torch.testing.assert_close(precision, posterior.curvature.diag[name] / 4 + 2.5)
+
+
+def test_a_posterior_survives_its_file(tmp_path):
+    model, loader = problem()
+    posterior = SpaM(model, 64, prior="unitwise").posterior(loader)
+    posterior.save(tmp_path / "p.safetensors")
+    loaded = load_posterior(tmp_path / "p.safetensors")
+    assert loaded.log_evidence == posterior.log_evidence
+    for name, precision in posterior.precision().items():
+        assert torch.equal(loaded.precision()[name], precision)
+    assert [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_posteriors_that_do_not_belong_are_refused_by_name(tmp_path):
+    model, loader = problem()
+    posterior = fit_posterior(model, loader, n_data=64)
+    posterior.check(copy.deepcopy(model))
+    with pytest.raises(PosteriorError, match=r"'0\.weight'.*before it was pruned"):
+        posterior.check(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)))
+    with pytest.raises(PosteriorError, match=r"lacks parameter '3\.weight'"):
+        posterior.check(nn.Sequential(*model, nn.Linear(2, 2)))
+    with pytest.raises(PosteriorError, match="n_data"):
+        fit_posterior(model, loader)
+    (tmp_path / "bad").write_bytes(b"\x00" * 20)
+    with pytest.raises(PosteriorError, match="cannot read"):
+        load_posterior(tmp_path / "bad")

@@ -1,0 +1,112 @@
+"""Models by name: sizes, suggestions, and the fit of model and data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from spamprune.errors import ModelError
+from spamprune.models import Source, check_fits, check_name, create, source_of
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "parameters"),
+    [
+        ("fc_cancer", (30,), 2, 13_402),
+        ("fc_mnist", (1, 28, 28), 10, 203_530),
+        ("lenet", (1, 28, 28), 10, 60_170),
+        ("test_resnet", (3, 32, 32), 1000, 469_688),
+    ],
+)
+def test_sizes_and_fit(name: str, shape: tuple[int, ...], classes: int, parameters: int) -> None:
+    model = create(name)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    check_fits(model, shape, classes)
+
+
+def test_lenet_cifar_fits_colour_images() -> None:
+    check_fits(create("lenet_cifar", num_classes=7), (3, 32, 32), 7)
+
+
+def test_remembers_architecture_without_weights_or_place() -> None:
+    model = create("lenet", num_classes=3, pretrained=False, pretrained_cfg=None)
+    assert source_of(model) == Source("lenet", {"num_classes": 3})
+    assert source_of(nn.Linear(1, 1)) is None
+
+
+def test_caller_seeds() -> None:
+    weights = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        weights.append(create("fc_cancer").get_parameter("head.weight"))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("lenett", "'lenet'"),
+        ("ResNet50", "'resnet50'"),
+        ("resnet10t.c3", "'resnet10t.c3_in1k'"),
+        ("§§§", "valid: fc_cancer, fc_mnist, lenet, lenet_cifar"),
+        ("hf-hub:someone/lenet", "unknown model"),
+        ("local-dir:lenet", "unknown model"),
+        ("", "unknown model"),
+    ],
+)
+def test_unknown_names_get_suggestions(name: str, hint: str) -> None:
+    with pytest.raises(ModelError, match="unknown model") as caught:
+        check_name(name)
+    assert hint in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet50", "resnet50.a1_in1k"])
+def test_known_names_pass(name: str) -> None:
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "words"),
+    [
+        ("lenet", {"nope": 1}, ("'lenet'", "'nope'")),
+        ("test_resnet", {"nope": 1}, ("'test_resnet'", "'nope'")),
+        ("lenet", {"num_classes": "many"}, ("'lenet'", "many")),
+        ("lenet", {"name": "x"}, ("'lenet'", "'name'")),
+        ("lenet", {"pretrained": True}, ("'lenet'", "pretrained")),
+        ("lenet", {"checkpoint_path": "x.pth"}, ("'lenet'", "checkpoint_path")),
+    ],
+)
+def test_wrong_arguments(name: str, kwargs: dict[str, object], words: tuple[str, ...]) -> None:
+    with pytest.raises(ModelError) as caught:
+        create(name, **kwargs)
+    message = str(caught.value)
+    assert all(word in message for word in words)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "words"),
+    [
+        ((3, 28, 28), 10, ("'lenet'", "(3, 28, 28)", "10 classes")),
+        ((1, 28, 28), 7, ("'lenet'", "(1, 28, 28)", "7 classes", "(1, 10)")),
+    ],
+)
+def test_misfits_are_named(shape: tuple[int, ...], classes: int, words: tuple[str, ...]) -> None:
+    with pytest.raises(ModelError) as caught:
+        check_fits(create("lenet"), shape, classes)
+    message = str(caught.value)
+    assert all(word in message for word in words)
+    assert "\n" not in message
+
+
+def test_fit_leaves_modes_statistics_and_random_state() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(), nn.Flatten())
+    model[1].eval()
+    state, mean = torch.get_rng_state(), model[1].running_mean.clone()
+    check_fits(model, (1, 5, 5), 18)
+    assert [m.training for m in model.modules()] == [True, True, False, True, True]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(model[1].running_mean, mean)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from spamprune.report.results import Results
+from spamprune.report.summary import (
+    best_family,
+    best_sparsity,
+    families,
+    masked_series,
+    spread,
+)
+
+
+def test_spread() -> None:
+    assert spread([1.0, 2.0, 6.0]).mean == 3
+    # the sample variance of 1, 2, 6 is 7
+    assert spread([1.0, 2.0, 6.0]).error == pytest.approx(math.sqrt(7 / 3))
+    assert spread([4.0]).error is None
+    assert math.isnan(spread([1.0, math.nan]).mean)
+
+
+def test_masked_series(make_results: Callable[..., Results]) -> None:
+    series = masked_series(make_results(seeds=3), 0, "pruned")
+    assert set(series) == {(t, c) for t in ("map", "spam-unitwise") for c in ("opd", "magnitude")}
+    assert all(len(seeds) == 3 for points in series.values() for seeds in points.values())
+    assert masked_series(make_results(finetuned=False), 0, "finetuned") == {}
+    assert masked_series(make_results(), 1, "pruned") == {}
+
+
+def test_best_family_is_the_smallest_within_a_point(make_results: Callable[..., Results]) -> None:
+    shown = families(make_results())
+    assert len(shown) == 2 * 2 * 2 * 4
+    best = best_family(shown)
+    assert best is not None
+    assert best.final_accuracy().mean >= best.dense_accuracy().mean - 1
+    assert best.saving("bytes") == pytest.approx(
+        best.members[0][0].size.bytes / best.cost("bytes").mean
+    )
+    for family in shown:
+        if family.cost("bytes").mean < best.cost("bytes").mean:
+            assert family.final_accuracy().mean < family.dense_accuracy().mean - 1
+
+
+def test_best_family_of_none(make_results: Callable[..., Results]) -> None:
+    assert best_family(families(make_results(compacted=False))) is None
+
+
+def test_best_sparsity(make_results: Callable[..., Results]) -> None:
+    results = make_results()
+    best = best_sparsity(results)
+    assert best is not None
+    assert best.accuracy.mean >= best.dense_accuracy.mean - 1
+    assert (best.training, best.finetuned) == ("spam-unitwise", True)
+    assert best_sparsity(make_results(masked=False)) is None
