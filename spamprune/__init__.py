@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spamprune import scores
-    from spamprune.artifact import load, save
+    from spamprune.artifact.load import load
+    from spamprune.artifact.save import save
     from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior
     from spamprune.bayes.spam import SpaM
     from spamprune.engine.run import run

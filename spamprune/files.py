@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -16,6 +19,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     final = Path(path)
     partial = final.with_name(f".{final.name}.partial")
+    final.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         with open(partial, "rb") as file:
@@ -29,3 +33,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` atomically, as UTF-8."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]
+) -> None:
+    """Write ``tensors`` to the safetensors file ``path`` atomically, whatever their layout."""
+    # safetensors wants each tensor in contiguous memory of its own, on the CPU
+    owned = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with replacing(path) as partial:
+        save_file(owned, partial, metadata)
+        partial.chmod(0o644)  # safetensors writes for the owner only

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from spamprune.errors import PosteriorError, nearest
@@ -39,20 +37,3 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
             raise PosteriorError(
                 f"{what} has parameter {name!r}, which the model lacks: {nearest(name, parameters)}"
             )
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode and restore each one's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's first parameter."""
-    return next(model.parameters()).device

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spamprune.bayes.curvature import Curvature, sketch
@@ -17,7 +16,7 @@ from spamprune.bayes.evidence import log_evidence
 from spamprune.bayes.parameters import check_shapes, named_parameters
 from spamprune.bayes.prior import Prior
 from spamprune.errors import PosteriorError
-from spamprune.files import replacing
+from spamprune.files import write_tensors
 
 _FORMAT = "spamprune-posterior-1"
 
@@ -51,8 +50,8 @@ class Posterior:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the posterior to one safetensors file, atomically."""
-        tensors = {f"curvature/{n}": h.contiguous() for n, h in self.curvature.diag.items()}
-        tensors |= {f"prior/{n}": d.contiguous() for n, d in self.prior_precision.items()}
+        tensors = {f"curvature/{n}": h for n, h in self.curvature.diag.items()}
+        tensors |= {f"prior/{n}": d for n, d in self.prior_precision.items()}
         about = {
             "temperature": self.temperature,
             "log_evidence": self.log_evidence,
@@ -61,8 +60,7 @@ class Posterior:
             "labels": self.curvature.labels,
             "estimator": self.curvature.estimator,
         }
-        with replacing(path) as partial:
-            save_file(tensors, partial, {"format": _FORMAT, "posterior": json.dumps(about)})
+        write_tensors(path, tensors, {"format": _FORMAT, "posterior": json.dumps(about)})
 
 
 def load_posterior(path: str | os.PathLike[str]) -> Posterior:

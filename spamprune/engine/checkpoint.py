@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spamprune.bayes.spam import SpaM
 from spamprune.errors import TrainingError
-from spamprune.files import replacing
+from spamprune.files import write_tensors
 
 _FORMAT = "spamprune-checkpoint-1"
 
@@ -47,10 +46,7 @@ def save(path: Path, trainee: Trainee, epoch: int, history: list[dict[str, Any]]
         "groups": optimizer["param_groups"],
         "numbers": numbers,
     }
-    # safetensors wants each tensor's own contiguous memory, on the CPU
-    owned = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    with replacing(path) as partial:
-        save_file(owned, partial, {"format": _FORMAT, "about": json.dumps(about)})
+    write_tensors(path, tensors, {"format": _FORMAT, "about": json.dumps(about)})
 
 
 def load(path: Path, trainee: Trainee) -> tuple[int, list[dict[str, Any]]]:

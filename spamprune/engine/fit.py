@@ -27,6 +27,8 @@ from spamprune.report import measure
 from spamprune.report.results import EpochRecord
 
 VALIDATION_BATCH = 1000
+#: A checkpoint is written after an epoch when the last one is this old, and after the last epoch.
+CHECKPOINT_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def fit(
         history = [EpochRecord(**line) for line in lines]
         for record in history:
             on_epoch(record)
+    saved = time.monotonic()
     with held(model, job.masks, optimizer) if job.masks else nullcontext():
         for epoch in range(done + 1, job.epochs + 1):
             started = time.perf_counter()
@@ -140,9 +143,11 @@ def fit(
                 log_precision=spam.mean_log_precision() if step_taken else None,
             )
             history.append(record)
-            if job.checkpoint is not None:
+            stale = time.monotonic() - saved >= CHECKPOINT_SECONDS or epoch == job.epochs
+            if job.checkpoint is not None and stale:
                 lines = [line.model_dump() for line in history]
                 checkpoint.save(job.checkpoint, trainee, epoch, lines)
+                saved = time.monotonic()
             on_epoch(record)
     return history
 

@@ -11,8 +11,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from spamprune import models
 from spamprune.data import DataSet
 from spamprune.engine.bench import create_model, load_data
@@ -20,7 +18,7 @@ from spamprune.engine.cell import run_cell
 from spamprune.engine.filters import filter_banks
 from spamprune.engine.progress import Progress
 from spamprune.errors import OutputError
-from spamprune.files import replacing, write_text
+from spamprune.files import write_tensors, write_text
 from spamprune.recipe import dump, fingerprint, load
 from spamprune.recipe.schema import Recipe
 from spamprune.report import measure, page
@@ -68,9 +66,7 @@ def run(
     )
     banks = filter_banks(recipe, out, results)
     if banks:
-        (out / "figures").mkdir(exist_ok=True)
-        with replacing(out / "figures" / "filter_banks.safetensors") as partial:
-            save_file(banks, partial)
+        write_tensors(out / "figures" / "filter_banks.safetensors", banks, {})
     write_results(out, results)
     page.write(out)
     return results

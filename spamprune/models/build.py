@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spamprune.bayes.parameters import device_of, evaluation_mode
 from spamprune.errors import ModelError, nearest
+from spamprune.modules import device_of, evaluation_mode
 
 # arguments of timm.create_model that choose weights or their place, not the architecture
 PLACEMENT = frozenset(

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from spamprune.bayes.parameters import evaluation_mode
+from spamprune.modules import evaluation_mode
 
 
+@torch.no_grad()
 def macs(model: nn.Module, example: Tensor) -> int:
     """Return the multiply-accumulates of one forward pass on ``example``.
 
-    Counted are matrix products and convolutions, as PyTorch's own counter sees them.
+    Counted are convolutions, linear layers and matrix products; not biases, normalisation,
+    activations and pooling. A mask saves nothing here: multiplying by zero is counted.
     """
-    with evaluation_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(example)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    # fused attention hides its matrix products from the counter
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            evaluation_mode(model),
+            FlopCounterMode(display=False) as counter,
+            sdpa_kernel(SDPBackend.MATH),
+        ):
+            model(example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return int(counter.get_total_flops()) // 2
 
 

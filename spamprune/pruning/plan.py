@@ -12,8 +12,8 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from spamprune.bayes.parameters import evaluation_mode, named_parameters
 from spamprune.errors import PruningError, nearest
+from spamprune.modules import evaluation_mode
 from spamprune.pruning import cost
 from spamprune.pruning.coupling import slices, zero_units
 from spamprune.pruning.importance import ScoreImportance
@@ -173,7 +173,7 @@ def masked(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
     """Return a copy of ``model`` in full shape with the planned units' parameters at zero."""
     copied = copy.deepcopy(model)
     graph = _graph(copied, example)
-    tensors = {name: p.data for name, p in named_parameters(copied).items()}
+    tensors = {name: p.data for name, p in copied.named_parameters(remove_duplicate=False)}
     for group in plan.groups:
         pieces = list(slices(_whole_group(graph, copied, group)))
         zero_units(pieces, tensors, set(group.pruned))

@@ -163,6 +163,20 @@ class Train(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _evidence_falls_due(self) -> Train:
+        evidence = self.evidence
+        final = min(self.epochs, evidence.last or self.epochs)
+        last_due = final - final % evidence.every
+        if self.method == "spam" and last_due <= evidence.burn_in:
+            raise _fault(
+                f"with every {evidence.every}, burn_in {evidence.burn_in} and {final} epochs no "
+                "update ever falls due: choose shorter ones, or method 'map'",
+                "evidence",
+                "every",
+            )
+        return self
+
 
 class FineTune(Section):
     """Training after pruning, under a fixed N(0, 1/precision) prior."""

@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from spamprune.bayes.parameters import device_of, evaluation_mode
 from spamprune.errors import DataError
+from spamprune.modules import device_of, evaluation_mode
+from spamprune.pruning import cost
 from spamprune.report.results import Quality, Size
 
 _WARM_UP = 3
@@ -96,31 +95,13 @@ def size(
     parameters = list(model.parameters())
     with evaluation_mode(model):
         return Size(
-            params=sum(p.numel() for p in parameters),
+            params=cost.params(model),
             nonzero=sum(int(p.count_nonzero()) for p in parameters),
-            macs=_macs(model, example),
+            macs=cost.macs(model, example),
             bytes=sum(p.numel() * p.element_size() for p in parameters),
             latency={batch: _latency(model, example, batch, repeats) for batch in latency_batches},
             threads=torch.get_num_threads(),
         )
-
-
-def _macs(model: nn.Module, example: Tensor) -> int:
-    """Count the multiply-accumulates of convolutions, linear layers and matrix products.
-
-    Biases, normalisation, activations and pooling are not counted. A mask saves nothing here:
-    multiplying by zero is counted.
-    """
-    counter = FlopCounterMode(display=False)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    # fused attention hides its matrix products from the counter
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with counter, sdpa_kernel(SDPBackend.MATH):
-            model(example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.get_total_flops() // 2
 
 
 def _latency(model: nn.Module, example: Tensor, batch: int, repeats: int) -> float:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from spamprune.bayes.posterior import load_posterior
 from spamprune.errors import OutputError
+from spamprune.files import write_text
 from spamprune.report import tables
 from spamprune.report.plots import METRICS, cost_accuracy, sparsity_curves, training_curves
-from spamprune.report.results import Results, read_results, write_atomically
+from spamprune.report.results import Results, read_results
 from spamprune.report.style import training_colours
 from spamprune.report.summary import (
     TOLERANCE,
@@ -88,12 +89,12 @@ def write(folder: Path) -> Path:
     for title, figures, content in sections:
         if figures or content:
             for figure in figures:
-                write_atomically(folder / "figures" / f"{figure.name}.svg", figure.svg)
+                write_text(folder / "figures" / f"{figure.name}.svg", figure.svg)
             body += [f"<h2>{escape(title)}</h2>\n", *(f.html() for f in figures), content]
     body.append(_appendix(folder, results))
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     path = folder / "report.html"
-    write_atomically(
+    write_text(
         path,
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

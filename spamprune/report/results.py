@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spamprune.errors import OutputError
+from spamprune.files import write_text
 
 RESULTS = "results.json"
 
@@ -111,34 +111,10 @@ class Results(Record):
     cells: list[Cell]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that a crash leaves the old file or the new one, never half of it.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}: choose a folder with room that is yours"
-        ) from error
-
-
 def write_results(folder: Path, results: Results) -> Path:
-    """Write ``results.json`` into ``folder``, atomically, and return its path.
-
-    Raises:
-        OutputError: The file cannot be written.
-    """
+    """Write ``results.json`` into ``folder``, atomically, and return its path."""
     path = folder / RESULTS
-    write_atomically(path, results.model_dump_json(indent=1) + "\n")
+    write_text(path, results.model_dump_json(indent=1) + "\n")
     return path
 
 

@@ -53,7 +53,7 @@ def _table(head: Sequence[_Cell], rows: Sequence[Sequence[_Cell]]) -> str:
         name = "best" if isinstance(cell, _Best) else "text long" if cell.long else "text"
         return f'<{tag} class="{name}">{escape(cell.text)}</{tag}>'
 
-    top = "".join(draw("th", cell) for cell in head)
+    top = "".join(draw("th", cell) for cell in head).replace(" / ", " /&nbsp;")  # with its unit
     body = "".join(f"<tr>{''.join(draw('td', cell) for cell in row)}</tr>\n" for row in rows)
     return (
         '<div class="scroll" tabindex="0"><table>\n'

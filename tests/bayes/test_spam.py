@@ -87,7 +87,8 @@ def test_an_update_raises_the_evidence_and_changes_the_penalty(update):
     spam = SpaM(model, 64, prior="parameterwise", update=update, every=1)
     before = spam.penalty().item()
     step = spam.update(1, loader)
-    assert step is not None and step.after > step.before
+    assert step is not None
+    assert step.after > step.before
     assert spam.penalty().item() != before
 
 

@@ -8,9 +8,7 @@ from spamprune.errors import PosteriorError, PruningError
 from spamprune.pruning.masks import apply_masks, global_masks, held, sparsity_of
 
 
-@given(
-    n=st.integers(1, 40), m=st.integers(1, 40), sparsity=st.floats(0, 0.999), ties=st.booleans()
-)
+@given(n=st.integers(1, 40), m=st.integers(1, 40), sparsity=st.floats(0, 0.999), ties=st.booleans())
 def test_exactly_the_asked_fraction_goes_and_it_is_the_lowest(n, m, sparsity, ties):
     generator = torch.Generator().manual_seed(n * 41 + m)
     scores = {

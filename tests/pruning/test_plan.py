@@ -135,7 +135,7 @@ def test_impossible_targets_are_refused(bad):
 
 
 def test_unknown_layers_are_refused_with_suggestions(network):
-    with pytest.raises(PruningError, match="'heads'.*'head'"):
+    with pytest.raises(PruningError, match=r"'heads'.*'head'"):
         plan(network, image(), magnitudes(network), Target(ratio=0.5), ignored=["heads"])
 
 

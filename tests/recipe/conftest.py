@@ -18,7 +18,7 @@ train:
     method: map
     epochs: 3
   spam:
-    epochs: 3
+    epochs: 5
     prior:
       structure: unitwise
     optimiser: {name: adam, lr: 1e-3}

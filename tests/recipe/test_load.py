@@ -32,7 +32,7 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
     [
         # wrong values
         (
-            "epochs: 3\n    prior",
+            "epochs: 5\n    prior",
             "epochs: -3\n    prior",
             "r.yaml:13: train.spam.epochs: -3 is not valid: "
             "input should be greater than or equal to 1",
@@ -119,6 +119,11 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
             "not 'unitwise': use 'adam'",
         ),
         (
+            "structure: unitwise",
+            "structure: unitwise\n    evidence:\n      burn_in: 100",
+            "r.yaml:16: train.spam.evidence.every: with every 5, burn_in 100 and",
+        ),
+        (
             "ratio: 0.5",
             "ratio: 0.5\n        macs: 0.5",
             "r.yaml:22: prune.1.targets.0: give exactly one of ratio, macs, params, not ratio and ",
@@ -184,7 +189,7 @@ def test_a_binary_file_is_no_recipe(write: Write) -> None:
 def test_a_merged_error_is_at_the_line_that_is_to_be_mended(write: Write) -> None:
     source = write(
         ("  map:\n    method: map\n    epochs: 3", "  map: &m\n    method: map\n    epochs: 0"),
-        ("    epochs: 3\n    prior", "    <<: *m\n    prior"),
+        ("    epochs: 5\n    prior", "    <<: *m\n    prior"),
     )
     assert [problem.partition(" is")[0] for problem in problems(source)] == [
         "r.yaml:11: train.map.epochs: 0",

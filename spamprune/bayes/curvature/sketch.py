@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spamprune.bayes.curvature.base import Curvature
-from spamprune.bayes.parameters import device_of, evaluation_mode, named_parameters
+from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
+from spamprune.modules import device_of, evaluation_mode
 
 Labels = Literal["ef", "ggn"]
 Losses = Callable[[Tensor, Tensor], Tensor]

@@ -1,0 +1,264 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import spamprune as sp
+from spamprune.engine.run import run
+from spamprune.errors import DataError, ModelError, OutputError, TrainingError
+from spamprune.recipe import Recipe, load
+from spamprune.report.results import Results
+
+ADAM = {"name": "adam", "lr": 0.003, "schedule": "constant"}
+
+
+def recipe(**changes):
+    """A recipe on the digits that takes a second and touches every part of the engine."""
+    base = {
+        "name": "tiny",
+        "seeds": [0],
+        "data": {"name": "cancer", "validation": 0.1},
+        "model": {"name": "fc_cancer", "kwargs": {"widths": [30, 12, 8]}},
+        "train": {
+            "map": {"method": "map", "epochs": 3, "batch_size": 64, "optimiser": ADAM},
+            "spam": {
+                "epochs": 6,
+                "batch_size": 64,
+                "optimiser": ADAM,
+                "prior": {"structure": "parameterwise"},
+                "evidence": {"update": "exact", "every": 2, "damping": 0.5},
+            },
+        },
+        "prune": [
+            {
+                "kind": "unstructured",
+                "criteria": ["opd", "random"],
+                "sparsities": [0.5, 0.9],
+                "finetune": {"epochs": 2, "optimiser": ADAM},
+            },
+            {
+                "kind": "structured",
+                "ranking": "global",
+                "targets": [{"params": 0.5}],
+                "trainings": ["spam"],
+                "finetune": {"epochs": 2, "optimiser": ADAM},
+                "scratch": ADAM,
+            },
+        ],
+        "evaluate": {"latency_repeats": 2, "latency_batches": [1]},
+    }
+    return Recipe.model_validate(base | changes)
+
+
+def weights(folder):
+    """Every tensor that a run leaves, by file and name, without what a clock influences."""
+    return {
+        f"{path.relative_to(folder)}:{name}": tensor
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def check_identical(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return folder, run(recipe(), folder)
+
+
+def test_a_run_leaves_everything_that_it_promises(finished):
+    folder, results = finished
+    for name in ("recipe.yaml", "results.json", "report.html"):
+        assert (folder / name).stat().st_size > 0
+    assert Results.model_validate_json((folder / "results.json").read_text()) == results
+    assert load(folder / "recipe.yaml") == recipe()
+    assert results.environment["torch"] == torch.__version__
+    map_cell, spam_cell = results.cells
+    assert [len(c.history) for c in results.cells] == [3, 6]
+    lines = (folder / "spam/seed0/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [r.log_evidence is not None for r in spam_cell.history] == [False, True] * 3
+    assert all(r.log_evidence is None for r in map_cell.history)
+    assert all(r.validation_accuracy is not None for r in spam_cell.history)
+    assert len(map_cell.masked) == 4
+    assert map_cell.compacted == []
+    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.rglob("*finetune.checkpoint*"))
+
+
+def test_what_was_asked_was_reached(finished):
+    _, results = finished
+    for cell in results.cells:
+        for record in cell.masked:
+            assert record.achieved == pytest.approx(record.requested, abs=0.002)
+            assert record.finetuned is not None
+    (compacted,) = results.cells[1].compacted
+    assert compacted.achieved["params"] <= 0.5
+    assert compacted.residual <= 1e-4
+    assert compacted.scratch is not None
+    assert compacted.size.params <= 0.5 * results.cells[1].size.params
+
+
+def test_a_pruned_model_loads_in_a_fresh_process_and_predicts_the_same(finished):
+    folder, results = finished
+    artifact = folder / results.cells[1].compacted[0].artifact
+    code = (
+        "import sys, torch, spamprune as sp; m = sp.load(sys.argv[1]);"
+        "print(m(torch.linspace(-1, 1, 30)[None]).tolist(), 'torch_pruning' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, artifact], capture_output=True, text=True, check=True
+    )
+    here = sp.load(artifact)(torch.linspace(-1, 1, 30)[None]).tolist()
+    assert done.stdout.strip() == f"{here} False"
+
+
+def test_two_jobs_give_the_same_weights_as_one(finished, tmp_path):
+    folder, _ = finished
+    run(recipe(), tmp_path / "two", jobs=2)
+    check_identical(folder, tmp_path / "two")
+
+
+def test_another_seed_gives_other_weights(finished, tmp_path):
+    folder, _ = finished
+    run(recipe(seeds=[1], prune=[]), tmp_path / "other")
+    name = "checkpoint.safetensors"
+    first = load_file(folder / "spam/seed0" / name)["model/head.weight"]
+    assert not torch.equal(
+        first, load_file(tmp_path / "other/spam/seed1" / name)["model/head.weight"]
+    )
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from spamprune.engine import fit
+from spamprune.engine.run import run
+from spamprune.recipe import load
+epochs = 0
+fit.CHECKPOINT_SECONDS = 0
+save = fit.checkpoint.save
+def saving(*arguments):
+    global epochs
+    save(*arguments)
+    epochs += 1
+    if epochs == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+fit.checkpoint.save = saving
+run(load(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("after", [2, 7, 16])
+def test_a_killed_run_goes_on_and_ends_bit_identical(finished, tmp_path, after):
+    """Killed in MAP's fine-tuning or training, and in the middle of SpaM's."""
+    folder, _ = finished
+    out = tmp_path / "killed"
+    arguments = [str(folder / "recipe.yaml"), str(out), str(after)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (out / "results.json").exists()
+    run(recipe(), out, resume=True)
+    check_identical(folder, out)
+
+
+def test_killing_a_run_with_jobs_ends_its_workers(tmp_path):
+    endless = {"map": {"method": "map", "epochs": 100_000, "optimiser": ADAM}}
+    slow = recipe(train=endless, prune=[], seeds=[0, 1])
+    source = tmp_path / "slow.yaml"
+    source.write_text(yaml.safe_dump(slow.model_dump(mode="json")))
+    code = (
+        "import sys; from pathlib import Path; from spamprune.engine.run import run;"
+        "from spamprune.recipe import load\n"
+        "if __name__ == '__main__': run(load(sys.argv[1]), Path(sys.argv[2]), jobs=2)"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, script, source, tmp_path / "out"])
+    lines = tmp_path / "out/map/seed0/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not lines.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.kill()
+    process.wait()
+    time.sleep(3)
+    size = lines.stat().st_size
+    time.sleep(2)
+    assert lines.stat().st_size == size > 0
+
+
+def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path):
+    wild = {"name": "sgd", "lr": 3e38, "schedule": "constant"}
+    bad = recipe(train={"map": {"method": "map", "epochs": 9, "optimiser": wild}}, prune=[])
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch \d.*optimiser\.lr"):
+        run(bad, tmp_path / "bad")
+    assert not (tmp_path / "bad/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"data": {"name": "digits"}}, ModelError, "fc_cancer"),
+        ({"data": {"name": "mnist", "root": "/nowhere/at/all"}}, DataError, "/nowhere/at/all"),
+        ({"model": {"name": "fc_cancer", "kwargs": {"depth": 3}}}, ModelError, "depth"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, changes, error, says):
+    with pytest.raises(error, match=says) as caught:
+        run(recipe(**changes), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_with_other_results_are_left_alone(finished, tmp_path):
+    folder, _ = finished
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(OutputError, match="another recipe or other settings"):
+        run(recipe(seeds=[3]), folder, resume=True)
+    with pytest.raises(OutputError, match="--resume"):
+        run(recipe(), folder)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match="no run's folder"):
+        run(recipe(), tmp_path / "mine")
+    with pytest.raises(OutputError, match="nothing to resume"):
+        run(recipe(), tmp_path / "empty", resume=True)
+    assert sorted(folder.rglob("*")) == before
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+def test_resuming_a_finished_run_changes_no_weight(finished):
+    folder, results = finished
+    before = weights(folder)
+    again = run(recipe(), folder, resume=True)
+    assert again.cells == results.cells
+    assert all(torch.equal(t, weights(folder)[n]) for n, t in before.items())
+
+
+def test_a_damaged_record_is_named(finished, tmp_path):
+    out = tmp_path / "damaged"
+    run(recipe(train={"map": recipe().train["map"].model_dump()}, prune=[]), out)
+    (out / "map/seed0/cell.json").write_text("{")
+    with pytest.raises(OutputError, match=r"cell\.json is damaged"):
+        run(load(out / "recipe.yaml"), out, resume=True)
+
+
+def test_paths_may_be_strings(tmp_path):
+    source = Path(tmp_path / "r.yaml")
+    source.write_text(yaml.safe_dump(recipe(prune=[]).model_dump(mode="json")))
+    results = sp.run(str(source), str(tmp_path / "o"), overrides=["train.spam.epochs=2"])
+    assert len(results.cells[1].history) == 2
