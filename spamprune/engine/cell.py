@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from spamprune.bayes.spam import SpaM
 from spamprune.engine import experiments
 from spamprune.engine.bench import Bench, OnEpoch, create_model, load_data
 from spamprune.engine.fit import Job, fit
+from spamprune.errors import TrainingError
 from spamprune.recipe.schema import Recipe
 from spamprune.report.results import Cell, EpochRecord
 
@@ -33,16 +36,38 @@ def run_cell(
         out: The run's folder.
         on_epoch: Called with the stage's name after each epoch of any training in it.
     """
-    torch.set_num_threads(recipe.threads)
-    torch.set_flush_denormal(True)  # weights on their way to zero would slow every product
-    bench = Bench(recipe, training, seed, out, load_data(recipe), Accelerator(), on_epoch)
+    bench = Bench(recipe, training, seed, out, load_data(recipe), _accelerator(), on_epoch)
     bench.folder.mkdir(parents=True, exist_ok=True)
-    return bench.once("cell", Cell, lambda: _run(bench))
+    with _arithmetic(recipe.threads):
+        return bench.once("cell", Cell, lambda: _run(bench))
+
+
+def _accelerator() -> Accelerator:
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise TrainingError(
+            f"launched as {accelerator.num_processes} processes, which would all do the same work: "
+            "run one, with --jobs for several cells at once"
+        )
+    return accelerator
+
+
+@contextmanager
+def _arithmetic(threads: int) -> Iterator[None]:
+    """Compute with this many threads, and with the tiniest numbers taken for zero."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # weights on their way to zero would slow every product
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(False)
 
 
 def _run(bench: Bench) -> Cell:
     model = create_model(bench.recipe, bench.seed).to(bench.accelerator.device)
-    history, posterior = _train(bench, model)
+    history, posterior = train(bench, model)
     validation = bench.data.validation
     return Cell(
         training=bench.training,
@@ -60,12 +85,13 @@ def _run(bench: Bench) -> Cell:
     )
 
 
-def _train(bench: Bench, model: nn.Module) -> tuple[list[EpochRecord], Posterior]:
-    config, train = bench.recipe.train[bench.training], bench.data.train
+def train(bench: Bench, model: nn.Module) -> tuple[list[EpochRecord], Posterior]:
+    """Train ``model`` in place as its cell says, and fit its posterior; resumes in both."""
+    config, data = bench.recipe.train[bench.training], bench.data.train
     evidence, tuned = config.evidence, config.method == "spam"
     spam = SpaM(
         model,
-        len(train),
+        len(data),
         prior=config.prior.structure,
         curvature=config.curvature.labels,
         precision=config.prior.precision,
@@ -89,7 +115,7 @@ def _train(bench: Bench, model: nn.Module) -> tuple[list[EpochRecord], Posterior
         bench.on_epoch("train", record)
 
     job = Job(
-        train=train,
+        train=data,
         epochs=config.epochs,
         batch_size=config.batch_size,
         optimiser=config.optimiser,
@@ -101,5 +127,5 @@ def _train(bench: Bench, model: nn.Module) -> tuple[list[EpochRecord], Posterior
     history = fit(model, spam, job, bench.accelerator, note)
     path = bench.folder / "posterior.safetensors"
     if not path.exists():
-        spam.posterior(train.loader(config.batch_size)).save(path)
+        spam.posterior(data.loader(config.batch_size)).save(path)
     return history, load_posterior(path)
