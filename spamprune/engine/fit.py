@@ -97,7 +97,12 @@ def fit(
     plain = job.train.loader(job.batch_size, seed=job.seed + 1)
     steps = len(loader)
     schedule = CosineLRScheduler(
-        optimizer, t_initial=job.epochs * steps, lr_min=job.optimiser.min_lr, t_in_epochs=False
+        optimizer,
+        t_initial=job.epochs * steps,
+        lr_min=job.optimiser.min_lr,
+        warmup_t=job.optimiser.warmup * steps,
+        warmup_lr_init=job.optimiser.min_lr,
+        t_in_epochs=False,
     )
     trainee = checkpoint.Trainee(model, optimizer, spam)
     done, history = 0, []

@@ -97,6 +97,15 @@ class Optimiser(Section):
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="How the learning rate falls, step by step."
     )
+    warmup: int = Field(
+        0, ge=0, description="Epochs over which the learning rate of a cosine rises from min_lr."
+    )
+
+    @model_validator(mode="after")
+    def _warmup_needs_cosine(self) -> Optimiser:
+        if self.warmup and self.schedule != "cosine":
+            raise _fault("a constant schedule has no warm-up: leave it out", "warmup")
+        return self
 
 
 class Prior(Section):

@@ -1,0 +1,89 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import nn
+
+from spamprune.bayes.spam import SpaM
+from spamprune.data import load
+from spamprune.engine.fit import Job, fit
+from spamprune.pruning.masks import global_masks
+from spamprune.recipe.schema import Optimiser
+
+CANCER = load("cancer", validation=0.1)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(30, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))
+
+
+def train(model, optimiser, epochs=3, **job):
+    spam = SpaM(model, len(CANCER.train), precision=2.0, burn_in=None)
+    rates = []
+    fit(
+        model,
+        spam,
+        Job(CANCER.train, epochs, 64, optimiser, seed=0, **job),
+        Accelerator(),
+        lambda record: rates.append(record.lr),
+    )
+    return rates
+
+
+def test_the_loop_is_plain_sgd_with_the_prior_by_hand():
+    model, reference = network(), network()
+    train(model, Optimiser(lr=0.05, schedule="constant"), epochs=2)
+    torch.manual_seed(0)
+    network()  # leaves the random state where the model's dropout began
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9)
+    loader = CANCER.train.loader(64, seed=0)
+    for epoch in (1, 2):
+        loader.set_epoch(epoch)
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(reference(inputs), targets).backward()
+            optimizer.step()
+            with torch.no_grad():
+                for p in reference.parameters():
+                    p /= 1 + 0.05 / (1 - 0.9) * 2.0 / len(CANCER.train)
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_cosine_falls_to_its_minimum_and_a_warm_up_rises_first():
+    steps = len(CANCER.train.loader(64))
+    falling = train(network(), Optimiser(lr=0.1, min_lr=0.001), epochs=8)
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] == pytest.approx(0.001, abs=0.1 / steps)
+    rising = train(network(), Optimiser(lr=0.1, min_lr=0.001, warmup=4), epochs=8)
+    assert rising[:3] == sorted(rising[:3])
+    assert rising[4:] == falling[4:]
+    assert set(train(network(), Optimiser(lr=0.1, schedule="constant"))) == {0.1}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_pruned_weights_stay_exactly_zero(name):
+    model = network()
+    scores = {n: p.detach().abs() for n, p in model.named_parameters()}
+    masks = global_masks(scores, 0.7)
+    before = copy.deepcopy(model)
+    train(model, Optimiser(name=name, lr=0.01), masks=masks)
+    for n, p in model.named_parameters():
+        assert (p[~masks[n]] == 0).all()
+    kept = masks["0.weight"]
+    assert not torch.equal(model[0].weight[kept], before[0].weight[kept])
+
+
+def test_dropout_is_live_after_every_evidence_step():
+    model = network()
+    spam = SpaM(model, len(CANCER.train), every=1, steps=2)
+    modes = []
+    model[2].register_forward_hook(lambda module, *_: modes.append(module.training))
+    job = Job(CANCER.train, 3, 64, Optimiser(lr=0.01), seed=0, validation=CANCER.validation)
+    fit(model, spam, job, Accelerator())
+    steps = len(CANCER.train.loader(64))
+    assert sum(modes) == 3 * steps  # live in every training step
+    assert len(modes) == 3 * (2 * steps + 1)  # and off in evidence steps and validation
