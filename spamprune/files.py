@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from spamprune.errors import OutputError
 
 
 @contextmanager
@@ -38,9 +41,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: dict[str, str]
 ) -> None:
-    """Write ``tensors`` to the safetensors file ``path`` atomically, whatever their layout."""
+    """Write ``tensors`` to the safetensors file ``path`` atomically, whatever their layout.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     # safetensors wants each tensor in contiguous memory of its own, on the CPU
     owned = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     with replacing(path) as partial:
-        save_file(owned, partial, metadata)
+        try:
+            save_file(owned, partial, metadata)
+        except SafetensorError as error:  # a full disk, above all
+            raise OutputError(f"cannot write {os.fspath(path)}: {error}") from error
         partial.chmod(0o644)  # safetensors writes for the owner only
