@@ -121,7 +121,9 @@ def _run_all(recipe: Recipe, out: Path, keys: list[Key], jobs: int) -> dict[Key,
 @contextmanager
 def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(count, mp_context=context, initializer=_die_with_parent)
+    pool = ProcessPoolExecutor(
+        count, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)
+    )
     try:
         yield pool
         pool.shutdown()
@@ -129,9 +131,8 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """End this worker soon after the run is killed, so that it never races a resumed one."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
