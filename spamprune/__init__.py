@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior
     from spamprune.bayes.spam import SpaM
     from spamprune.engine.run import run
+    from spamprune.pruning.compaction import Plan, apply, verify
     from spamprune.pruning.importance import OPDImportance, ScoreImportance
-    from spamprune.pruning.plan import Plan, Target, apply, plan, verify
+    from spamprune.pruning.plan import Target, plan
 
 __all__ = [
     "OPDImportance",
@@ -36,19 +37,19 @@ __all__ = [
 # Names are loaded when they are first used: torch, timm and torch-pruning take seconds.
 _HOMES = {
     "OPDImportance": "spamprune.pruning.importance",
-    "Plan": "spamprune.pruning.plan",
+    "Plan": "spamprune.pruning.compaction",
     "Posterior": "spamprune.bayes.posterior",
     "ScoreImportance": "spamprune.pruning.importance",
     "SpaM": "spamprune.bayes.spam",
     "Target": "spamprune.pruning.plan",
-    "apply": "spamprune.pruning.plan",
+    "apply": "spamprune.pruning.compaction",
     "fit_posterior": "spamprune.bayes.posterior",
     "load": "spamprune.artifact",
     "load_posterior": "spamprune.bayes.posterior",
     "plan": "spamprune.pruning.plan",
     "run": "spamprune.engine.run",
     "save": "spamprune.artifact",
-    "verify": "spamprune.pruning.plan",
+    "verify": "spamprune.pruning.compaction",
 }
 
 

@@ -56,4 +56,4 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    return "valid: " + ", ".join(choices)
+    return "valid: " + ", ".join(choices[:12]) + (", …" if len(choices) > 12 else "")

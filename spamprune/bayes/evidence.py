@@ -86,7 +86,7 @@ def maximise(
     """Set a parameterwise prior to the exact optimum of the evidence, in place.
 
     ``∂/∂log δ = 0`` is ``θ²δ² + θ²hδ − h = 0`` with ``h = H/T``, whose positive root is
-    ``δ = ½ (√(h² + 4h/θ²) − h)``, written below without cancellation.
+    ``δ = ½ (√(h² + 4h/θ²) − h)``.
 
     Args:
         prior: A parameterwise prior.
@@ -106,6 +106,6 @@ def maximise(
     for name, (log_delta,) in prior.log_factors.items():
         square = parameters[name].detach().square().clamp(min=1e-20)
         h = (curvature.diag[name] / temperature).clamp(min=1e-20)
-        # 2h/θ² / (h + √(h² + 4h/θ²)), divided through by h
-        optimum = (2 / square) / (1 + (1 + 4 / (h * square)).sqrt())
+        # the root times its conjugate, so that neither cancellation nor overflow spoils it
+        optimum = 2 * h / square / (h + h.sqrt() * (h + 4 / square).sqrt())
         log_delta.lerp_(optimum.log().clamp(*LOG_PRECISION_RANGE), 1 - damping)

@@ -74,22 +74,23 @@ def load_posterior(path: str | os.PathLike[str]) -> Posterior:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise PosteriorError(f"cannot read a posterior from {os.fspath(path)}: {error}") from error
+        raise PosteriorError(
+            f"cannot read a posterior from {os.fspath(path)}: {error}; fit it again"
+        ) from error
     if metadata.get("format") != _FORMAT:
         raise PosteriorError(f"{os.fspath(path)} is no posterior of this version of spamprune")
-    about = json.loads(metadata["posterior"])
     part = {
         kind: {k.split("/", 1)[1]: t for k, t in tensors.items() if k.startswith(kind + "/")}
         for kind in ("curvature", "prior")
     }
-    curvature = Curvature(
-        diag=part["curvature"],
-        loss=about["loss"],
-        n_data=about["n_data"],
-        labels=about["labels"],
-        estimator=about["estimator"],
-    )
-    return Posterior(curvature, part["prior"], about["temperature"], about["log_evidence"])
+    try:
+        about = json.loads(metadata["posterior"])
+        temperature, evidence = about.pop("temperature"), about.pop("log_evidence")
+        return Posterior(
+            Curvature(part["curvature"], **about), part["prior"], temperature, evidence
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PosteriorError(f"{os.fspath(path)} is damaged: fit the posterior again") from error
 
 
 def posterior_from(

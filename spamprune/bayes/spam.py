@@ -50,7 +50,7 @@ class SpaM:
         temperature: T; larger is sparser.
         burn_in: Epochs before the first update; None means never.
         every: Epochs between updates.
-        last: No update at or after this epoch, so that the weights settle under a fixed prior.
+        last: No update after this epoch, so that the weights settle under a fixed prior.
         update: ``"adam"`` takes ``steps`` Adam steps on log δ (the paper's); ``"exact"`` jumps to
             the optimum of a parameterwise prior.
         steps: Adam steps of an update.
@@ -116,25 +116,14 @@ class SpaM:
         loss. The step is stable for every δ.
 
         Raises:
-            PosteriorError: The optimiser is neither of the SGD nor of the Adam family.
+            PosteriorError: The optimiser is neither SGD without dampening nor of the Adam family.
         """
         names = {id(p): name for name, p in self._parameters.items()}
         for group in optimizer.param_groups:
-            parameters = [p for p in group["params"] if id(p) in names]
-            strengths = [self._strength[names[id(p)]] for p in parameters]
-            if "momentum" in group:
-                step = group["lr"] / (1 - group["momentum"])
-                factors = torch._foreach_mul(strengths, step)
-            elif "betas" in group:
-                steps = [_adam_step(optimizer.state[p], group) for p in parameters]
-                factors = torch._foreach_mul(strengths, steps)
-            else:
-                raise PosteriorError(
-                    f"no implicit prior step for {type(optimizer).__name__}: add spam.penalty() "
-                    "to the loss instead"
-                )
-            torch._foreach_add_(factors, 1)
-            torch._foreach_div_(parameters, factors)
+            for parameter in group["params"]:
+                if id(parameter) in names:
+                    step = _step(optimizer, group, parameter)
+                    parameter /= 1 + step * self._strength[names[id(parameter)]]
 
     def due(self, epoch: int) -> bool:
         """Return whether an evidence update belongs after epoch ``epoch`` (counted from 1)."""
@@ -214,7 +203,19 @@ class SpaM:
         self._refresh()
 
 
-def _adam_step(state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Return Adam's step per unit of gradient, shaped like the parameter."""
-    correction = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
-    return group["lr"] / (state["exp_avg_sq"].sqrt() / correction + group["eps"])
+def _step(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor
+) -> Tensor | float:
+    """Return the step per unit of a constant gradient, for optimisers whose step is known."""
+    if "nesterov" in group and not group.get("dampening"):
+        return group["lr"] / (1 - group["momentum"])
+    if parameter not in optimizer.state and "betas" in group:
+        return 0.0  # it has had no gradient yet
+    state = optimizer.state[parameter]
+    if "betas" in group and "exp_avg_sq" in state and "step" in state:
+        correction = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
+        return group["lr"] / (state["exp_avg_sq"].sqrt() / correction + group["eps"])
+    raise PosteriorError(
+        f"no implicit prior step for {type(optimizer).__name__} as it is set: add spam.penalty() "
+        "to the loss instead"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -62,7 +63,7 @@ def load(
         DataError: The name is unknown, files are missing or damaged, or an argument does not
             apply to this data set.
     """
-    folder = None if root is None else Path(root).expanduser()
+    folder = None if root is None else Path(os.path.expanduser(root))
     return DATA_SETS[name](root=folder, validation=validation, seed=seed, image_size=image_size)
 
 

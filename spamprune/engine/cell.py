@@ -43,7 +43,10 @@ def run_cell(
 
 
 def _accelerator() -> Accelerator:
-    accelerator = Accelerator()
+    # Apple's MPS lacks the double precision that evidence and metrics are summed in
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.mixed_precision == "fp16":
+        raise TrainingError("fp16 would need scaled losses: launch with bf16, or none")
     if accelerator.num_processes > 1:
         raise TrainingError(
             f"launched as {accelerator.num_processes} processes, which would all do the same work: "

@@ -20,7 +20,7 @@ _FORMAT = "spamprune-checkpoint-1"
 
 @dataclass(frozen=True)
 class Trainee:
-    """What training changes, besides torch's random state."""
+    """What training changes; chance is a function of seed and epoch, and needs no keeping."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -30,8 +30,7 @@ class Trainee:
 def save(path: Path, trainee: Trainee, epoch: int, history: list[dict[str, Any]]) -> None:
     """Write the state after ``epoch`` to ``path``, atomically."""
     optimizer = trainee.optimizer.state_dict()
-    tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    tensors |= {f"model/{k}": v for k, v in trainee.model.state_dict().items()}
+    tensors = {f"model/{k}": v for k, v in trainee.model.state_dict().items()}
     tensors |= {f"spam/{k}": v for k, v in trainee.spam.state_dict().items()}
     numbers: dict[str, Any] = {}
     for index, state in optimizer["state"].items():
@@ -50,7 +49,7 @@ def save(path: Path, trainee: Trainee, epoch: int, history: list[dict[str, Any]]
 
 
 def load(path: Path, trainee: Trainee) -> tuple[int, list[dict[str, Any]]]:
-    """Restore ``trainee`` and torch's random state from ``path``.
+    """Restore ``trainee`` from ``path``.
 
     Returns:
         The epoch that the state is of, and the history up to it.
@@ -70,7 +69,6 @@ def load(path: Path, trainee: Trainee) -> tuple[int, list[dict[str, Any]]]:
         trainee.model.load_state_dict(_part(tensors, "model/"))
         trainee.spam.load_state_dict(_part(tensors, "spam/"))
         trainee.optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
-        torch.set_rng_state(tensors["rng"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise _unusable(path, error) from error
     return about["epoch"], about["history"]

@@ -15,8 +15,7 @@ from spamprune.bayes.posterior import Posterior
 from spamprune.bayes.spam import SpaM
 from spamprune.engine.bench import Bench, create_model
 from spamprune.engine.fit import Job, fit
-from spamprune.models.classifier import classifier_name
-from spamprune.pruning import masks, plan
+from spamprune.pruning import compaction, cost, masks, plan
 from spamprune.recipe.schema import FineTune, Structured, Unstructured
 from spamprune.report.results import Compacted, Masked, Quality
 
@@ -45,7 +44,7 @@ def run_unstructured(bench: Bench, model: nn.Module, posterior: Posterior) -> It
         for criterion in experiment.criteria:
             values = trained.scores(criterion)
             for sparsity in experiment.sparsities:
-                name = f"prune{index}-{criterion}-{sparsity:g}"
+                name = f"prune{index}-{criterion}-{sparsity}"
                 yield bench.once(
                     name,
                     Masked,
@@ -65,7 +64,7 @@ def run_structured(bench: Bench, model: nn.Module, posterior: Posterior) -> Iter
             values = trained.scores(criterion)
             for wanted in experiment.targets:
                 target = plan.Target(**wanted.model_dump())
-                name = "prune{}-{}-{}-{}{:g}".format(
+                name = "prune{}-{}-{}-{}{}".format(
                     index, criterion, experiment.ranking, *target.named()
                 )
                 yield bench.once(
@@ -92,13 +91,17 @@ def _mask(
     if experiment.finetune is not None:
         _train_on(bench, pruned, experiment.finetune, f"{name}.finetune", chosen)
         after = bench.quality(pruned, bench.data.test)
+    folder = bench.folder / name
+    artifact.save(pruned, folder, extra={"sparsity": sparsity, "criterion": criterion})
     return Masked(
         experiment=index,
         criterion=criterion,
         requested=sparsity,
         achieved=masks.sparsity_of(chosen),
+        nonzero=cost.nonzero(pruned),
         pruned=before,
         finetuned=after,
+        artifact=f"{bench.relative}/{name}",
     )
 
 
@@ -120,16 +123,17 @@ def _compact(
         target,
         ranking=experiment.ranking,
         min_units=experiment.min_units,
-        ignored=[classifier_name(model)],
     )
-    small = plan.apply(model, chosen, example)
-    residual = plan.verify(model, small, chosen, bench.example(VERIFY_BATCH))
+    small = compaction.apply(model, chosen, example)
+    residual = compaction.verify(model, small, chosen, bench.example(VERIFY_BATCH))
     before = bench.quality(small, bench.data.test)
     after, scratch = None, None
     if experiment.finetune is not None:
         if experiment.scratch is not None:
             anew = experiment.finetune.model_copy(update={"optimiser": experiment.scratch})
-            scratch = _from_scratch(bench, chosen, anew, name)
+            scratch = bench.once(
+                f"{name}.scratch", Quality, partial(_from_scratch, bench, chosen, anew, name)
+            )
         _train_on(bench, small, experiment.finetune, f"{name}.finetune")
         after = bench.quality(small, bench.data.test)
     folder = bench.folder / name
@@ -152,10 +156,12 @@ def _compact(
     )
 
 
-def _from_scratch(bench: Bench, chosen: plan.Plan, training: FineTune, name: str) -> Quality:
+def _from_scratch(bench: Bench, chosen: compaction.Plan, training: FineTune, name: str) -> Quality:
     """Train the planned architecture from fresh weights and measure it."""
     example = bench.example()
-    shaped = plan.apply(create_model(bench.recipe, bench.seed).to(example.device), chosen, example)
+    shaped = compaction.apply(
+        create_model(bench.recipe, bench.seed).to(example.device), chosen, example
+    )
     torch.manual_seed(bench.seed)
     for module in shaped.modules():  # a slice of a larger layer has that layer's scale
         reset = getattr(module, "reset_parameters", None)

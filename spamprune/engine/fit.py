@@ -18,7 +18,7 @@ from torch import nn
 
 from spamprune.bayes.spam import SpaM
 from spamprune.data import Split
-from spamprune.data.base import Augment
+from spamprune.data.base import Augment, mixed_seed
 from spamprune.engine import checkpoint
 from spamprune.errors import TrainingError
 from spamprune.pruning.masks import Masks, held
@@ -96,14 +96,16 @@ def fit(
     # evidence is of the data itself, so its pass sees no augmentation
     plain = job.train.loader(job.batch_size, seed=job.seed + 1)
     steps = len(loader)
-    schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=job.epochs * steps,
-        lr_min=job.optimiser.min_lr,
-        warmup_t=job.optimiser.warmup * steps,
-        warmup_lr_init=job.optimiser.min_lr,
-        t_in_epochs=False,
-    )
+    schedule = None
+    if job.optimiser.schedule == "cosine":
+        schedule = CosineLRScheduler(
+            optimizer,
+            t_initial=job.epochs * steps,
+            lr_min=job.optimiser.min_lr,
+            warmup_t=job.optimiser.warmup * steps,
+            warmup_lr_init=job.optimiser.min_lr,
+            t_in_epochs=False,
+        )
     trainee = checkpoint.Trainee(model, optimizer, spam)
     done, history = 0, []
     if job.checkpoint is not None and job.checkpoint.exists():
@@ -111,16 +113,18 @@ def fit(
         history = [EpochRecord(**line) for line in lines]
         for record in history:
             on_epoch(record)
-    saved = time.monotonic()
+    saved, kept = -math.inf, done
     with held(model, job.masks, optimizer) if job.masks else nullcontext():
         for epoch in range(done + 1, job.epochs + 1):
             started = time.perf_counter()
             loader.set_epoch(epoch)
             plain.set_epoch(epoch)
+            # dropout too is a function of (seed, epoch), so that a resumed run repeats it
+            torch.manual_seed(mixed_seed(job.seed, epoch))
             model.train()
             total = torch.zeros((), device=accelerator.device)
             for step, (inputs, targets) in enumerate(loader, start=(epoch - 1) * steps):
-                if job.optimiser.schedule == "cosine":
+                if schedule is not None:
                     schedule.step_update(step)
                 inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
                 with accelerator.autocast():
@@ -131,11 +135,11 @@ def fit(
                 spam.shrink(optimizer)
                 total += loss.detach() * len(targets)
             mean = total.item() / len(job.train)
-            if not math.isfinite(mean):
-                kept = f"; {job.checkpoint} holds epoch {epoch - 1}" if epoch > 1 else ""
+            if not math.isfinite(mean) or not _finite(model):
+                there = f"{job.checkpoint} holds epoch {kept}" if kept else "no epoch was kept"
                 raise TrainingError(
-                    f"the loss is {mean} in epoch {epoch}{kept if job.checkpoint else ''}: "
-                    f"lower the learning rate (optimiser.lr is {job.optimiser.lr})"
+                    f"the loss is {mean} in epoch {epoch} and weights are lost; {there}: lower "
+                    f"the learning rate (optimiser.lr is {job.optimiser.lr})"
                 )
             step_taken = spam.update(epoch, plain)
             record = EpochRecord(
@@ -152,9 +156,13 @@ def fit(
             if job.checkpoint is not None and stale:
                 lines = [line.model_dump() for line in history]
                 checkpoint.save(job.checkpoint, trainee, epoch, lines)
-                saved = time.monotonic()
+                saved, kept = time.monotonic(), epoch
             on_epoch(record)
     return history
+
+
+def _finite(model: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 def _accuracy(model: nn.Module, split: Split) -> float:

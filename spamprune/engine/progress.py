@@ -5,16 +5,15 @@ from __future__ import annotations
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from spamprune.engine.bench import OnEpoch
 from spamprune.recipe.schema import Recipe
 from spamprune.report.results import EpochRecord
 
 
 class Progress:
-    """Shows how far a run is: a bar for its cells and one for the training at hand.
+    """Shows how far a run is: a bar for its cells, and one for each cell that is worked on.
 
     Args:
         recipe: What is run.
@@ -34,8 +33,7 @@ class Progress:
             disable=not console.is_terminal,
         )
         self._cells = self._bars.add_task(recipe.name, total=cells, note="")
-        self._stage = self._bars.add_task("", total=None, note="", visible=False)
-        self._name = ""
+        self._stages: dict[tuple[str, int], tuple[str, TaskID]] = {}
 
     def __enter__(self) -> Progress:
         self._bars.start()
@@ -49,24 +47,35 @@ class Progress:
     ) -> None:
         self._bars.stop()
 
-    def of_cell(self, training: str, seed: int) -> OnEpoch:
-        """Return the function that a cell calls after each epoch."""
+    def epoch(self, training: str, seed: int, stage: str, record: EpochRecord) -> None:
+        """Show an epoch that a cell has finished in one of its stages."""
+        shown, task = self._stages.get((training, seed), ("", None))
+        if shown != stage:
+            if task is not None:
+                self._bars.remove_task(task)
+            task = self._bars.add_task(
+                f"{training} seed {seed}: {stage}", total=self._epochs(training, stage), note=""
+            )
+            self._stages[training, seed] = stage, task
+        note = f"loss {record.loss:.4f}"
+        if record.validation_accuracy is not None:
+            note += f"  accuracy {record.validation_accuracy:.2f} %"
+        if record.log_evidence is not None:
+            note += f"  log evidence {record.log_evidence:.0f}"
+        if task is not None:
+            self._bars.update(task, completed=record.epoch, note=note)
 
-        def report(stage: str, record: EpochRecord) -> None:
-            name = f"{training} seed {seed}: {stage}"
-            if name != self._name:
-                self._name = name
-                total = self._recipe.train[training].epochs if stage == "train" else None
-                self._bars.reset(self._stage, total=total, description=name, visible=True)
-            note = f"loss {record.loss:.4f}"
-            if record.validation_accuracy is not None:
-                note += f"  accuracy {record.validation_accuracy:.2f} %"
-            if record.log_evidence is not None:
-                note += f"  log evidence {record.log_evidence:.0f}"
-            self._bars.update(self._stage, completed=record.epoch, note=note)
-
-        return report
-
-    def cell_done(self) -> None:
+    def cell_done(self, training: str, seed: int) -> None:
         """Count one more finished cell."""
+        _, task = self._stages.pop((training, seed), ("", None))
+        if task is not None:
+            self._bars.remove_task(task)
         self._bars.advance(self._cells)
+
+    def _epochs(self, training: str, stage: str) -> int:
+        """Return how many epochs a stage has; pruning stages are named ``prune<index>-…``."""
+        if stage == "train":
+            return self._recipe.train[training].epochs
+        index = int(stage.removeprefix("prune").partition("-")[0])
+        finetune = self._recipe.prune[index].finetune
+        return finetune.epochs if finetune is not None else 0

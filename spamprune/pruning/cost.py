@@ -35,3 +35,8 @@ def macs(model: nn.Module, example: Tensor) -> int:
 def params(model: nn.Module) -> int:
     """Return the number of parameters, tied ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def nonzero(model: nn.Module) -> int:
+    """Return the number of parameters that are not exactly zero, tied ones once."""
+    return sum(int(p.count_nonzero()) for p in model.parameters())

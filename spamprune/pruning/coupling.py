@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import einops
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
@@ -110,9 +111,8 @@ def _sums(score: Tensor, piece: Slice) -> Tensor:
     """Return, for each position of ``piece``, the sum of the scores found there."""
     if piece.groups == 1:
         totals = score.movedim(piece.dim, 0).reshape(score.shape[piece.dim], -1).sum(1)
-    else:  # (groups, outputs of a group, inputs of a group, kernel)
-        grouped = score.reshape(piece.groups, -1, score.shape[1], score[0, 0].numel())
-        totals = grouped.sum((1, 3)).flatten()
+    else:
+        totals = einops.reduce(score, "(g o) i ... -> (g i)", "sum", g=piece.groups)
     return totals[torch.tensor(piece.index, device=score.device)]
 
 

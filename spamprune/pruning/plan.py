@@ -1,27 +1,25 @@
-"""Structured pruning in three steps: plan which units go, apply the plan, verify the result."""
+"""Choosing which units to remove so that a network becomes as small as asked."""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from spamprune.errors import PruningError, nearest
-from spamprune.modules import evaluation_mode
+from spamprune.models.classifier import classifier_name
 from spamprune.pruning import cost
-from spamprune.pruning.coupling import slices, zero_units
+from spamprune.pruning.compaction import GroupPlan, Plan, Ranking, graph_of, remove
 from spamprune.pruning.importance import ScoreImportance
 
-Ranking = Literal["uniform", "global"]
-
-#: A budget counts as met when what remains is at most this much below it, relatively.
+#: A plan that ends further below its budget than this, relatively, says so in its notes.
 TOLERANCE = 0.02
+#: Layers that normalise over their units: masking a unit changes what the others become.
+_JOINT = (nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -53,48 +51,6 @@ class Target:
         return key, value
 
 
-@dataclass(frozen=True)
-class GroupPlan:
-    """The units of one group of coupled layers.
-
-    Attributes:
-        layer: The layer whose outputs are the units.
-        units: How many there are.
-        pruned: Which of them go, in increasing order.
-    """
-
-    layer: str
-    units: int
-    pruned: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which units go, and what that reaches.
-
-    Attributes:
-        groups: One entry for each group of coupled layers.
-        ranking: How units were compared.
-        target: What was asked for, such as ``{"macs": 0.1}``.
-        achieved: The same key: what the plan reaches.
-        notes: Groups left whole or stopped at their minimum, each with the reason.
-    """
-
-    groups: tuple[GroupPlan, ...]
-    ranking: Ranking
-    target: dict[str, float]
-    achieved: dict[str, float]
-    notes: tuple[str, ...]
-
-    def widths(self) -> dict[str, int]:
-        """Return the units that each layer keeps."""
-        return {g.layer: g.units - len(g.pruned) for g in self.groups}
-
-    def to_json(self) -> str:
-        """Return the plan as JSON that a person can read."""
-        return json.dumps(asdict(self), indent=1)
-
-
 def plan(
     model: nn.Module,
     example: Tensor,
@@ -103,7 +59,7 @@ def plan(
     *,
     ranking: Ranking = "uniform",
     min_units: int = 1,
-    ignored: Iterable[str] = ("head",),
+    ignored: Iterable[str] | None = None,
 ) -> Plan:
     """Choose the units to remove.
 
@@ -117,20 +73,75 @@ def plan(
         target: How small.
         ranking: How units are compared.
         min_units: Units that each layer keeps at least.
-        ignored: Names of layers whose outputs stay, such as the classifier.
+        ignored: Names of layers whose outputs stay; by default the classifier.
 
     Raises:
-        PruningError: There is nothing to prune, or the budget cannot be reached.
+        PruningError: There is nothing to prune, the ratio is too small to remove a unit, or the
+            budget cannot be reached.
     """
-    graph = _graph(model, example)
-    importance = ScoreImportance(scores)
+    graph = graph_of(model, example)
+    layers, joint, notes = _layers(graph, model, ScoreImportance(scores), ignored)
+    order = _order(layers, ranking, min_units)
+    key, wanted = target.named()
+    if key == "ratio":
+        count = _count_for_ratio(layers, order, ranking, wanted)
+        achieved = count / sum(len(v) for _, v in layers)
+        if wanted and not count and order:
+            raise PruningError(f"ratio {wanted} removes no unit: its layers are too narrow for it")
+    else:
+        count, achieved = _count_for_budget(model, example, layers, order, key, wanted)
+        if achieved < wanted * (1 - TOLERANCE):
+            notes.append(f"{key}: {achieved:.4f} is the nearest step below {wanted}")
+    groups = _chosen(layers, order[:count])
+    for g in groups:
+        if g.units - len(g.pruned) <= min_units:
+            kept = g.units - len(g.pruned)
+            notes.append(f"{g.layer}: at its minimum, {kept} of {g.units} units")
+    comparable = not any(g.pruned and g.layer in joint for g in groups)
+    return Plan(groups, ranking, {key: wanted}, {key: achieved}, tuple(notes), comparable)
+
+
+def check_reachable(
+    model: nn.Module,
+    example: Tensor,
+    targets: Iterable[Target],
+    *,
+    min_units: int = 1,
+    ignored: Iterable[str] | None = None,
+) -> None:
+    """Raise a :class:`PruningError` for a target that no scores could reach on ``model``.
+
+    Weights do not matter, so that an untrained network tells what a trained one will.
+    """
+    ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    graph = graph_of(model, example)
+    layers, _, _ = _layers(graph, model, ScoreImportance(ones), ignored)
+    order = _order(layers, "uniform", min_units)
+    for target in targets:
+        key, wanted = target.named()
+        if key != "ratio":
+            _check_floor(model, example, layers, order, key, wanted)
+
+
+def _layers(
+    graph: tp.DependencyGraph,
+    model: nn.Module,
+    importance: ScoreImportance,
+    ignored: Iterable[str] | None,
+) -> tuple[list[tuple[str, Tensor]], set[str], list[str]]:
+    """Return the prunable layers with their units' importance, in the model's order.
+
+    Also the names of those whose units are normalised jointly, and notes on what is left whole.
+    """
+    names = graph._module2name
     layers: list[tuple[str, Tensor]] = []
+    joint: set[str] = set()
     notes: list[str] = []
     for group in graph.get_all_groups(
-        ignored_layers=_modules(model, ignored),
+        ignored_layers=_modules(model, [classifier_name(model)] if ignored is None else ignored),
         root_module_types=[nn.modules.conv._ConvNd, nn.Linear],
     ):
-        name = graph._module2name[group.items[0].dep.target.module]
+        name = names[group.items[0].dep.target.module]
         try:
             value = importance(group)
         except PruningError as error:
@@ -138,82 +149,15 @@ def plan(
             continue
         if value is None:
             notes.append(f"{name}: left whole: nothing in its group is trainable")
-        else:
-            layers.append((name, value))
+            continue
+        layers.append((name, value))
+        if any(isinstance(item.dep.target.module, _JOINT) for item in group.items):
+            joint.add(name)
     if not layers:
         why = "; ".join(notes) or "it has no layers with units"
         raise PruningError(f"nothing of {type(model).__name__} can be pruned: {why}")
-    layers.sort(key=lambda pair: list(graph._module2name.values()).index(pair[0]))
-    order = _order(layers, ranking, min_units)
-    key, wanted = target.named()
-    if key == "ratio":
-        count = _count_for_ratio(layers, order, ranking, wanted)
-        achieved = count / sum(len(v) for _, v in layers)
-    else:
-        count, achieved = _count_for_budget(model, example, layers, order, key, wanted)
-    groups = _chosen(layers, order[:count])
-    for g in groups:
-        if g.pruned and g.units - len(g.pruned) <= min_units:
-            notes.append(f"{g.layer}: at its minimum, {min_units} of {g.units} units")
-    return Plan(groups, ranking, {key: wanted}, {key: achieved}, tuple(notes))
-
-
-def apply(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
-    """Return a copy of ``model`` without the planned units; its tensors are really smaller.
-
-    Raises:
-        PruningError: The plan names a layer that the model lacks, or of another width.
-    """
-    small = copy.deepcopy(model)
-    _remove(small, plan.groups, example)
-    return small
-
-
-def masked(model: nn.Module, plan: Plan, example: Tensor) -> nn.Module:
-    """Return a copy of ``model`` in full shape with the planned units' parameters at zero."""
-    copied = copy.deepcopy(model)
-    graph = _graph(copied, example)
-    tensors = {name: p.data for name, p in copied.named_parameters(remove_duplicate=False)}
-    for group in plan.groups:
-        pieces = list(slices(_whole_group(graph, copied, group)))
-        zero_units(pieces, tensors, set(group.pruned))
-    return copied
-
-
-def verify(
-    model: nn.Module, small: nn.Module, plan: Plan, example: Tensor, tolerance: float = 1e-4
-) -> float:
-    """Compare a compacted network with the masked original, which must agree with it.
-
-    Args:
-        model: The network that was planned for, unchanged since.
-        small: What :func:`apply` made of it, not trained since.
-        plan: The plan.
-        example: Inputs to compare on, ``(B, ...)``; a batch of real data is best.
-        tolerance: Largest difference allowed, relative to the largest output.
-
-    Returns:
-        The largest difference between their outputs, relative to the largest output.
-
-    Raises:
-        PruningError: They differ by more than ``tolerance``.
-    """
-    reference = masked(model, plan, example[:1])
-    with evaluation_mode(reference), evaluation_mode(small), torch.no_grad():
-        expected, got = reference(example), small(example)
-    difference = ((expected - got).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
-    if not difference <= tolerance:
-        raise PruningError(
-            f"the compacted {type(model).__name__} differs from its masked original by "
-            f"{difference:.1e}, more than {tolerance:.0e}"
-        )
-    return difference
-
-
-def _graph(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
-    # torch-pruning follows autograd's graph, so gradients must be on
-    with evaluation_mode(model), torch.enable_grad():
-        return tp.DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+    order = {name: i for i, name in enumerate(names.values())}
+    return sorted(layers, key=lambda pair: order[pair[0]]), joint, notes
 
 
 def _modules(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
@@ -262,21 +206,15 @@ def _count_for_budget(
     wanted: float,
 ) -> tuple[int, float]:
     """Return how many units must go to fit the budget, and the fraction that then remains."""
-    measure = (lambda m: cost.macs(m, example)) if key == "macs" else cost.params
-    dense = measure(model)
+    dense = _measure(model, example, key)
 
     def remaining(count: int) -> float:
         small = copy.deepcopy(model)
-        _remove(small, _chosen(layers, order[:count]), example)
-        return measure(small) / dense
+        remove(small, _chosen(layers, order[:count]), example)
+        return _measure(small, example, key) / dense
 
-    low, high = 0, len(order)  # remaining(high) is the smallest network that there is
-    smallest = remaining(high)
-    if smallest > wanted * (1 + TOLERANCE):
-        raise PruningError(
-            f"{key}: {wanted} cannot be reached: with every layer at its minimum "
-            f"{smallest:.4f} remains; lower min_units or ask for less"
-        )
+    _check_floor(model, example, layers, order, key, wanted)
+    low, high = 0, len(order)
     while high - low > 1:
         middle = (low + high) // 2
         if remaining(middle) <= wanted:
@@ -286,6 +224,29 @@ def _count_for_budget(
     return high, remaining(high)
 
 
+def _check_floor(
+    model: nn.Module,
+    example: Tensor,
+    layers: list[tuple[str, Tensor]],
+    order: list[tuple[float, int, int]],
+    key: str,
+    wanted: float,
+) -> None:
+    """Raise unless the network with every layer at its minimum fits the budget."""
+    small = copy.deepcopy(model)
+    remove(small, _chosen(layers, order), example)
+    floor = _measure(small, example, key) / _measure(model, example, key)
+    if floor > wanted:
+        raise PruningError(
+            f"{key}: {wanted} cannot be reached: with every layer at its minimum {floor:.4f} "
+            "remains; lower min_units or ask for less"
+        )
+
+
+def _measure(model: nn.Module, example: Tensor, key: str) -> int:
+    return cost.macs(model, example) if key == "macs" else cost.params(model)
+
+
 def _chosen(
     layers: list[tuple[str, Tensor]], removed: list[tuple[float, int, int]]
 ) -> tuple[GroupPlan, ...]:
@@ -293,28 +254,3 @@ def _chosen(
         GroupPlan(name, len(value), tuple(sorted(unit for _, j, unit in removed if j == i)))
         for i, (name, value) in enumerate(layers)
     )
-
-
-def _whole_group(
-    graph: tp.DependencyGraph, model: nn.Module, group: GroupPlan, only: list[int] | None = None
-) -> tp.dependency.Group:
-    """Return torch-pruning's group for all units of a layer, or for some."""
-    modules = dict(model.named_modules())
-    if group.layer not in modules:
-        raise PruningError(f"the plan's layer {group.layer!r}: {nearest(group.layer, modules)}")
-    module = modules[group.layer]
-    pruner = graph.get_pruner_of_module(module)
-    if pruner.get_out_channels(module) != group.units:
-        raise PruningError(
-            f"the plan expects {group.units} units in {group.layer!r}, the model has "
-            f"{pruner.get_out_channels(module)}: plan again after each change"
-        )
-    units = list(range(group.units)) if only is None else only
-    return graph.get_pruning_group(module, pruner.prune_out_channels, units)
-
-
-def _remove(model: nn.Module, groups: Iterable[GroupPlan], example: Tensor) -> None:
-    graph = _graph(model, example)
-    for group in groups:
-        if group.pruned:
-            _whole_group(graph, model, group, list(group.pruned)).prune()

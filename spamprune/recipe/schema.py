@@ -7,7 +7,7 @@ unknown keys are errors.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -42,6 +42,16 @@ def _fault(message: str, *path: str | int) -> PydanticCustomError:
     return PydanticCustomError("rule", "{message}", {"message": message, "path": path})
 
 
+def _distinct(values: list[Any]) -> list[Any]:
+    """Refuse repeated entries, which would count as further measurements."""
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise _fault("repeats an earlier entry: leave it out", i)
+    return values
+
+
+T = TypeVar("T")
+Distinct = Annotated[list[T], Field(min_length=1), AfterValidator(_distinct)]
 Criterion = Annotated[str, _known("criterion")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -91,7 +101,7 @@ class Optimiser(Section):
     """How weights move."""
 
     name: Literal["sgd", "adam"] = Field("sgd", description="The optimiser.")
-    lr: float = Field(0.1, gt=0, description="Learning rate at the start.")
+    lr: float = Field(0.1, gt=0, le=1e6, description="Learning rate at the start.")
     min_lr: float = Field(1e-6, ge=0, description="Learning rate at the end of a cosine schedule.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
     schedule: Literal["cosine", "constant"] = Field(
@@ -102,10 +112,19 @@ class Optimiser(Section):
     )
 
     @model_validator(mode="after")
-    def _warmup_needs_cosine(self) -> Optimiser:
+    def _schedule_makes_sense(self) -> Optimiser:
         if self.warmup and self.schedule != "cosine":
             raise _fault("a constant schedule has no warm-up: leave it out", "warmup")
+        if self.min_lr > self.lr and self.schedule == "cosine":
+            raise _fault(f"{self.min_lr} is more than lr {self.lr}: a cosine falls", "min_lr")
         return self
+
+
+def _check_warmup(optimiser: Optimiser, epochs: int) -> None:
+    if optimiser.warmup >= epochs:
+        raise _fault(
+            f"{optimiser.warmup} of {epochs} epochs leave none at full rate", "optimiser", "warmup"
+        )
 
 
 class Prior(Section):
@@ -153,7 +172,7 @@ class Train(Section):
         "spam", description="spam: the evidence tunes the prior; map: the prior stays as it is."
     )
     epochs: int = Field(100, ge=1, description="Passes over the training data.")
-    batch_size: int = Field(128, ge=1, description="Samples in a step.")
+    batch_size: int = Field(128, ge=1, le=1_000_000, description="Samples in a step.")
     optimiser: Optimiser = Field(default_factory=Optimiser, description="How weights move.")
     prior: Prior = Field(default_factory=Prior, description="The Gaussian prior.")
     curvature: Curvature = Field(default_factory=Curvature, description="Of the loss.")
@@ -170,6 +189,11 @@ class Train(Section):
                 "evidence",
                 "update",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Train:
+        _check_warmup(self.optimiser, self.epochs)
         return self
 
     @model_validator(mode="after")
@@ -191,11 +215,16 @@ class FineTune(Section):
     """Training after pruning, under a fixed N(0, 1/precision) prior."""
 
     epochs: int = Field(10, ge=1, description="Passes over the training data.")
-    batch_size: int = Field(128, ge=1, description="Samples in a step.")
+    batch_size: int = Field(128, ge=1, le=1_000_000, description="Samples in a step.")
     optimiser: Optimiser = Field(
         default_factory=lambda: Optimiser(lr=0.01), description="How weights move."
     )
     precision: float = Field(1.0, gt=0, description="Prior precision while fine-tuning.")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> FineTune:
+        _check_warmup(self.optimiser, self.epochs)
+        return self
 
 
 class Target(Section):
@@ -221,10 +250,9 @@ class Unstructured(Section):
     """Global one-shot masks over all parameters."""
 
     kind: Literal["unstructured"] = Field(description="Which kind of pruning this is.")
-    criteria: list[Criterion] = Field(["opd"], min_length=1, description="Scores to prune by.")
-    sparsities: list[Fraction] = Field(
+    criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
+    sparsities: Distinct[Fraction] = Field(
         [0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99],
-        min_length=1,
         description="Fractions of weights set to zero.",
     )
     finetune: FineTune | None = Field(None, description="Training after pruning; none by default.")
@@ -234,12 +262,12 @@ class Structured(Section):
     """Units removed for real, coupled layers together."""
 
     kind: Literal["structured"] = Field(description="Which kind of pruning this is.")
-    criteria: list[Criterion] = Field(["opd"], min_length=1, description="Scores to prune by.")
+    criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
     ranking: Literal["uniform", "global"] = Field(
         "uniform",
         description="uniform: the same ratio in each layer (the paper's); global: units compete.",
     )
-    targets: list[Target] = Field(min_length=1, description="How small the network becomes.")
+    targets: Distinct[Target] = Field(description="How small the network becomes.")
     trainings: list[str] | None = Field(
         None,
         min_length=1,
@@ -266,12 +294,14 @@ Experiment = Annotated[Unstructured | Structured, Field(discriminator="kind")]
 class Evaluate(Section):
     """What is measured."""
 
-    batch_size: int = Field(1000, ge=1, description="Samples in an evaluation batch.")
-    bins: int = Field(15, ge=1, description="Equal-width bins of the calibration error.")
-    latency_batches: list[Annotated[int, Field(ge=1)]] = Field(
+    batch_size: int = Field(1000, ge=1, le=1_000_000, description="Samples in an evaluation batch.")
+    bins: int = Field(15, ge=1, le=10_000, description="Equal-width bins of the calibration error.")
+    latency_batches: list[Annotated[int, Field(ge=1, le=65_536)]] = Field(
         [1, 128], description="Batch sizes at which latency is measured."
     )
-    latency_repeats: int = Field(30, ge=1, description="Timed repeats; the median is reported.")
+    latency_repeats: int = Field(
+        30, ge=1, le=10_000, description="Timed repeats; the median is reported."
+    )
 
 
 class Recipe(Section):
@@ -281,11 +311,14 @@ class Recipe(Section):
         pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="Short name; names the run's folder."
     )
     description: str = Field("", description="What the experiment shows and how long it takes.")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         [0], min_length=1, description="Each seed is a repetition."
     )
     threads: int = Field(
-        1, ge=1, description="CPU threads of each process; part of what makes a run repeatable."
+        1,
+        ge=1,
+        le=1024,
+        description="CPU threads of each process; part of what makes a run repeatable.",
     )
     data: Data = Field(description="The data set.")
     model: Model = Field(description="The network.")

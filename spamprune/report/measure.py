@@ -96,7 +96,7 @@ def size(
     with evaluation_mode(model):
         return Size(
             params=cost.params(model),
-            nonzero=sum(int(p.count_nonzero()) for p in parameters),
+            nonzero=cost.nonzero(model),
             macs=cost.macs(model, example),
             bytes=sum(p.numel() * p.element_size() for p in parameters),
             latency={batch: _latency(model, example, batch, repeats) for batch in latency_batches},

@@ -113,7 +113,7 @@ def _head(results: Results) -> str:
     sentences = [
         f"{len(cells)} training{'s' * (len(cells) > 1)} ({', '.join(cells)}) with "
         f"{seeds} seed{'s' * (seeds > 1)} each on {results.data.get('name', 'the data')}, in "
-        f"{results.seconds / 60:.3g} minutes."
+        f"{results.train_seconds / 60:.3g} minutes of training."
     ]
     best_name = max(cells, key=lambda name: dense(cells[name], "accuracy").mean)
     accuracy = dense(cells[best_name], "accuracy")
@@ -272,7 +272,7 @@ def _appendix(folder: Path, results: Results) -> str:
         parts.append(f"<h2>Use a pruned network</h2>\n<pre>{escape(code)}</pre>\n")
     facts = {f"data: {key}": str(value) for key, value in results.data.items()}
     seconds = spread(cell.train_seconds for cell in results.cells).mean
-    facts |= {"seconds": f"{results.seconds:.0f}, of which {seconds:.0f} for each training"}
+    facts |= {"training": f"{seconds:.0f} seconds for each network"}
     parts.append(
         f"<h2>Data and environment</h2>\n{tables.facts_table(results.environment | facts)}"
     )

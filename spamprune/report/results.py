@@ -48,8 +48,10 @@ class Masked(Record):
     criterion: str
     requested: float
     achieved: float
+    nonzero: int
     pruned: Quality
     finetuned: Quality | None = None
+    artifact: str  # folder, relative to the run's
 
 
 class Compacted(Record):
@@ -107,7 +109,7 @@ class Results(Record):
     description: str
     data: dict[str, Any]  # name, sizes of the splits, classes, where it came from
     environment: dict[str, str]  # versions and hardware
-    seconds: float
+    train_seconds: float  # of all cells together, without pruning and fine-tuning
     cells: list[Cell]
 
 

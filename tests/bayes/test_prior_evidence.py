@@ -119,8 +119,8 @@ def test_adam_steps_raise_the_evidence(structure):
 
 
 @given(
-    theta=st.floats(1e-4, 10),
-    h=st.floats(1e-6, 1e8),
+    theta=st.floats(1e-9, 10),
+    h=st.floats(1e-18, 1e8),
     temperature=st.floats(0.1, 10),
 )
 def test_the_exact_update_is_the_root_of_the_gradient(theta, h, temperature):

@@ -57,13 +57,34 @@ def test_shrinking_is_stable_for_any_precision():
     assert all(p.abs().max() < 1e-4 for p in model.parameters())
 
 
-def test_shrink_refuses_an_optimiser_whose_step_it_does_not_know():
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.Rprop,
+        torch.optim.Adamax,
+        lambda p: torch.optim.RMSprop(p, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.9),
+    ],
+)
+def test_shrink_refuses_an_optimiser_whose_step_it_does_not_know(make):
     model, [(inputs, targets)] = problem()
-    optimizer = torch.optim.Rprop(model.parameters())
+    optimizer = make(model.parameters())
     F.cross_entropy(model(inputs), targets).backward()
     optimizer.step()
-    with pytest.raises(PosteriorError, match=r"Rprop.*penalty"):
+    with pytest.raises(PosteriorError, match=rf"{type(optimizer).__name__}.*penalty"):
         SpaM(model, 64).shrink(optimizer)
+
+
+def test_shrink_leaves_alone_what_adam_has_not_stepped_yet():
+    model, [(inputs, targets)] = problem()
+    optimizer = torch.optim.Adam(model.parameters())
+    model[0](inputs).sum().backward()
+    optimizer.step()
+    before = [p.clone() for p in model.parameters()]
+    SpaM(model, 64, precision=100.0).shrink(optimizer)
+    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+    assert moved == [True, True, False, False]
+    assert len(optimizer.state) == 2
 
 
 def test_the_penalty_is_the_formula():

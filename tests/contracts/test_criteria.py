@@ -8,8 +8,9 @@ import torch
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import fit_posterior
 from spamprune.models.classic import lenet
+from spamprune.pruning.compaction import apply, verify
 from spamprune.pruning.masks import global_masks, sparsity_of
-from spamprune.pruning.plan import Target, apply, plan, verify
+from spamprune.pruning.plan import Target, plan
 from spamprune.scores import CRITERIA
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from spamprune.bayes.spam import SpaM
 from spamprune.data import load
+from spamprune.data.base import mixed_seed
 from spamprune.engine.fit import Job, fit
 from spamprune.pruning.masks import global_masks
 from spamprune.recipe.schema import Optimiser
@@ -36,12 +37,11 @@ def train(model, optimiser, epochs=3, **job):
 def test_the_loop_is_plain_sgd_with_the_prior_by_hand():
     model, reference = network(), network()
     train(model, Optimiser(lr=0.05, schedule="constant"), epochs=2)
-    torch.manual_seed(0)
-    network()  # leaves the random state where the model's dropout began
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9)
     loader = CANCER.train.loader(64, seed=0)
     for epoch in (1, 2):
         loader.set_epoch(epoch)
+        torch.manual_seed(mixed_seed(0, epoch))
         for inputs, targets in loader:
             optimizer.zero_grad()
             F.cross_entropy(reference(inputs), targets).backward()
@@ -87,3 +87,15 @@ def test_dropout_is_live_after_every_evidence_step():
     steps = len(CANCER.train.loader(64))
     assert sum(modes) == 3 * steps  # live in every training step
     assert len(modes) == 3 * (2 * steps + 1)  # and off in evidence steps and validation
+
+
+def test_a_resumed_training_repeats_its_dropout(tmp_path, monkeypatch):
+    monkeypatch.setattr("spamprune.engine.fit.CHECKPOINT_SECONDS", 0)
+    whole, first, second = network(), network(), network()
+    optimiser = Optimiser(lr=0.05, schedule="constant")
+    train(whole, optimiser, epochs=4)
+    train(first, optimiser, epochs=2, checkpoint=tmp_path / "c.safetensors")
+    torch.rand(5)
+    train(second, optimiser, epochs=4, checkpoint=tmp_path / "c.safetensors")
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import spamprune as sp
 from spamprune.engine.run import run
-from spamprune.errors import DataError, ModelError, OutputError, TrainingError
+from spamprune.errors import DataError, ModelError, OutputError, PruningError, TrainingError
 from spamprune.recipe import Recipe, load
 from spamprune.report.results import Results
 
@@ -95,6 +95,10 @@ def test_a_run_leaves_everything_that_it_promises(finished):
     assert all(r.log_evidence is None for r in map_cell.history)
     assert all(r.validation_accuracy is not None for r in spam_cell.history)
     assert len(map_cell.masked) == 4
+    for record in map_cell.masked:
+        pruned = sp.load(folder / record.artifact)
+        assert sum(int(p.count_nonzero()) for p in pruned.parameters()) == record.nonzero
+        assert record.nonzero <= round((1 - record.requested) * map_cell.size.params) + 1
     assert map_cell.compacted == []
     assert not list(folder.rglob("*.partial"))
     assert not list(folder.rglob("*finetune.checkpoint*"))
@@ -176,6 +180,16 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(finished, tmp_path, after):
     check_identical(folder, out)
 
 
+def test_an_error_in_a_worker_is_told(tmp_path):
+    out = tmp_path / "out"
+    two = recipe(seeds=[0, 1], train={"map": recipe().train["map"].model_dump()}, prune=[])
+    run(two, out, jobs=2)
+    (out / "map/seed1/cell.json").write_text("{")
+    (out / "map/seed0/cell.json").unlink()
+    with pytest.raises(OutputError, match=r"seed1.cell\.json is damaged"):
+        run(two, out, resume=True, jobs=2)
+
+
 def test_killing_a_run_with_jobs_ends_its_workers(tmp_path):
     endless = {"map": {"method": "map", "epochs": 100_000, "optimiser": ADAM}}
     slow = recipe(train=endless, prune=[], seeds=[0, 1])
@@ -201,12 +215,34 @@ def test_killing_a_run_with_jobs_ends_its_workers(tmp_path):
     assert lines.stat().st_size == size > 0
 
 
-def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path):
-    wild = {"name": "sgd", "lr": 3e38, "schedule": "constant"}
-    bad = recipe(train={"map": {"method": "map", "epochs": 9, "optimiser": wild}}, prune=[])
-    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch \d.*optimiser\.lr"):
-        run(bad, tmp_path / "bad")
-    assert not (tmp_path / "bad/results.json").exists()
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_numbers_that_are_lost_stop_the_run_and_the_last_good_epoch_is_kept(
+    tmp_path, monkeypatch, what
+):
+    """In epoch 3 the loss is NaN, or the last step of it spoils a weight."""
+    out, epochs = tmp_path / "bad", []
+    shrink = sp.SpaM.shrink
+
+    def spoil(self, optimizer):
+        shrink(self, optimizer)
+        if epochs and epochs[-1] == 2:
+            if what == "weights":
+                self.model.head.weight.data[0, 0] = float("nan")
+            else:
+                self.model.fc1.weight.data.fill_(float("inf"))
+
+    monkeypatch.setattr(sp.SpaM, "shrink", spoil)
+    monkeypatch.setattr("spamprune.engine.fit.CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(
+        "spamprune.engine.progress.Progress.epoch", lambda *a: epochs.append(a[-1].epoch)
+    )
+    with pytest.raises(TrainingError, match=r"in epoch 3 .*holds epoch 2.*optimiser\.lr"):
+        run(recipe(prune=[]), out)
+    kept = load_file(out / "map/seed0/checkpoint.safetensors")
+    assert all(t.isfinite().all() for t in kept.values())
+    assert not (out / "results.json").exists()
+    monkeypatch.undo()
+    run(recipe(prune=[]), out, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +251,12 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint(tmp_path):
         ({"data": {"name": "digits"}}, ModelError, "fc_cancer"),
         ({"data": {"name": "mnist", "root": "/nowhere/at/all"}}, DataError, "/nowhere/at/all"),
         ({"model": {"name": "fc_cancer", "kwargs": {"depth": 3}}}, ModelError, "depth"),
+        ({"data": {"name": "cancer", "augment": "flip"}}, DataError, "augment"),
+        (
+            {"prune": [{"kind": "structured", "targets": [{"macs": 0.0001}]}]},
+            PruningError,
+            "macs: 0.0001 cannot be reached",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, changes, error, says):

@@ -10,7 +10,8 @@ from spamprune import scores
 from spamprune.errors import PruningError
 from spamprune.models.classic import fc_cancer, lenet
 from spamprune.pruning import cost
-from spamprune.pruning.plan import Target, apply, masked, plan, verify
+from spamprune.pruning.compaction import apply, masked, verify
+from spamprune.pruning.plan import Target, check_reachable, plan
 from tests.pruning.test_importance import Branches, resnet
 
 
@@ -29,7 +30,7 @@ def magnitudes(model):
 
 
 @settings(max_examples=10, deadline=None)
-@given(ratio=st.floats(0, 0.99))
+@given(ratio=st.floats(0.05, 0.99) | st.just(0.0))
 def test_uniform_removes_the_papers_count_from_each_layer(ratio):
     torch.manual_seed(0)
     model = lenet()
@@ -91,8 +92,7 @@ def test_other_networks_agree_with_their_masks(make):
             nn.init.uniform_(module.running_var, 0.5, 2)
     shape = {"Branches": (3, 8, 8), "MLP": (30,)}.get(type(model).__name__, (3, 64, 64))
     example = torch.randn(1, *shape)
-    head = "fc" if hasattr(model, "fc") and not hasattr(model, "head") else "head"
-    found = plan(model, example, magnitudes(model), Target(ratio=0.5), ignored=[head])
+    found = plan(model, example, magnitudes(model), Target(ratio=0.5))
     small = apply(model, found, example)
     assert cost.params(small) < 0.5 * cost.params(model)
     assert verify(model, small, found, torch.randn(16, *shape)) <= 1e-4
@@ -121,6 +121,38 @@ def test_no_layer_is_pruned_to_nothing_and_the_plan_says_so(network):
     assert found.widths() == {"conv1": 2, "conv2": 2, "conv3": 2, "fc": 2}
     assert len(found.notes) == 4
     assert "conv1: at its minimum, 2 of 6 units" in found.notes
+
+
+def test_what_is_left_whole_or_too_narrow_is_said(network):
+    found = plan(network, image(), magnitudes(network), Target(ratio=0.5), min_units=1000)
+    assert found.achieved == {"ratio": 0.0}
+    assert "fc: at its minimum, 84 of 84 units" in found.notes
+    with pytest.raises(PruningError, match=r"ratio 0\.001 removes no unit"):
+        plan(network, image(), magnitudes(network), Target(ratio=0.001))
+
+
+def test_a_coarse_step_below_the_budget_is_noted(network):
+    found = plan(network, image(), magnitudes(network), Target(macs=0.1), ranking="uniform")
+    assert found.achieved["macs"] < 0.098
+    assert any("nearest step below 0.1" in note for note in found.notes)
+
+
+def test_layer_norms_over_pruned_units_are_not_compared():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)
+    )
+    found = plan(model, torch.randn(1, 6), magnitudes(model), Target(ratio=0.5))
+    assert not found.comparable
+    small = apply(model, found, torch.randn(1, 6))
+    assert verify(model, small, found, torch.randn(9, 6)) > 1e-3
+
+
+@pytest.mark.parametrize("target", [Target(macs=0.01), Target(params=0.001)])
+def test_reachability_is_known_before_training(network, target):
+    check_reachable(network, image(), [Target(ratio=0.99), Target(macs=0.1)])
+    with pytest.raises(PruningError, match="cannot be reached"):
+        check_reachable(network, image(), [target])
 
 
 def test_a_budget_out_of_reach_is_an_error_that_says_what_remains(network):

@@ -137,7 +137,7 @@ def make_results() -> Callable[..., Results]:
             description="LeNet on Fashion-MNIST, with <tags> & ampersands. Takes 20 minutes.",
             data={"name": "fashion_mnist", "train": 54_000, "validation": 6_000, "test": 10_000},
             environment=ENVIRONMENT,
-            seconds=1234.5,
+            train_seconds=1234.5,
             cells=cells,
         )
 
