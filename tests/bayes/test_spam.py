@@ -76,7 +76,7 @@ def test_shrink_refuses_an_optimiser_whose_step_it_does_not_know(make):
 
 
 def test_shrink_leaves_alone_what_adam_has_not_stepped_yet():
-    model, [(inputs, targets)] = problem()
+    model, [(inputs, _)] = problem()
     optimizer = torch.optim.Adam(model.parameters())
     model[0](inputs).sum().backward()
     optimizer.step()
