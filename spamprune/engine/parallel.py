@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import TypeAlias
 
 from spamprune.engine.cell import run_cell
 from spamprune.engine.progress import Progress
@@ -20,7 +21,7 @@ from spamprune.recipe.schema import Recipe
 from spamprune.report.results import Cell, EpochRecord
 
 Key = tuple[str, int]
-Epochs = Queue[tuple[str, int, str, str] | None]
+Epochs: TypeAlias = "Queue[tuple[str, int, str, str] | None]"
 
 _epochs: Epochs | None = None  # of a worker: where it reports its epochs
 
