@@ -85,6 +85,8 @@ def results() -> Results:
                     criterion="opd",
                     requested=0.95,
                     achieved=0.95,
+                    nonzero=670,
+                    artifact="m",
                     pruned=quality(accuracy - 40),
                     finetuned=quality(accuracy - 10),
                 )
@@ -108,7 +110,7 @@ def results() -> Results:
         description="",
         data={},
         environment={},
-        seconds=1.0,
+        train_seconds=1.0,
         cells=[cell(0, 90.0), cell(1, 92.0)],
     )
 

@@ -64,6 +64,8 @@ def _masked(fragility: float, finetuned: bool, criteria: tuple[str, ...]) -> lis
             criterion=criterion,
             requested=s,
             achieved=s,
+            nonzero=round((1 - s) * 60_170),
+            artifact=f"map/seed0/prune0-{criterion}-{s}",
             pruned=_quality(90 - 60 * fragility * (1 + 0.4 * i) * s**6),
             finetuned=_quality(90 - 25 * fragility * (1 + 0.4 * i) * s**6) if finetuned else None,
         )

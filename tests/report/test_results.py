@@ -53,6 +53,6 @@ def test_failed_write_keeps_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OSError, match="No space left"):
         write_results(tmp_path, make_results())
     assert read_results(tmp_path) == old
