@@ -140,6 +140,8 @@ def test_unpruned_model_records_no_change(tmp_path: Path) -> None:
 def test_removed_heads_and_biases_and_added_ones(tmp_path: Path) -> None:
     model = create("test_vit", num_classes=5, img_size=32)
     attention = model.blocks[0].attn
+    if not hasattr(attention, "attn_dim"):
+        pytest.skip("attention of this timm cannot lose heads")
     attention.num_heads, attention.attn_dim = 1, 32
     attention.qkv.weight = nn.Parameter(attention.qkv.weight[:96].clone())
     attention.qkv.out_features = 96
