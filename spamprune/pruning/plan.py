@@ -209,9 +209,7 @@ def _count_for_budget(
     dense = _measure(model, example, key)
 
     def remaining(count: int) -> float:
-        small = copy.deepcopy(model)
-        remove(small, _chosen(layers, order[:count]), example)
-        return _measure(small, example, key) / dense
+        return _cost_without(model, example, layers, order[:count], key) / dense
 
     _check_floor(model, example, layers, order, key, wanted)
     low, high = 0, len(order)
@@ -233,14 +231,25 @@ def _check_floor(
     wanted: float,
 ) -> None:
     """Raise unless the network with every layer at its minimum fits the budget."""
-    small = copy.deepcopy(model)
-    remove(small, _chosen(layers, order), example)
-    floor = _measure(small, example, key) / _measure(model, example, key)
+    floor = _cost_without(model, example, layers, order, key) / _measure(model, example, key)
     if floor > wanted:
         raise PruningError(
             f"{key}: {wanted} cannot be reached: with every layer at its minimum {floor:.4f} "
             "remains; lower min_units or ask for less"
         )
+
+
+def _cost_without(
+    model: nn.Module,
+    example: Tensor,
+    layers: list[tuple[str, Tensor]],
+    removed: list[tuple[float, int, int]],
+    key: str,
+) -> int:
+    """Return what a copy of ``model`` costs once the ``removed`` units are gone."""
+    small = copy.deepcopy(model)
+    remove(small, _chosen(layers, removed), example)
+    return _measure(small, example, key)
 
 
 def _measure(model: nn.Module, example: Tensor, key: str) -> int:
