@@ -1,6 +1,9 @@
 """Curvature of the loss; every estimator returns a :class:`Curvature`."""
 
 from spamprune.bayes.curvature.base import Curvature
-from spamprune.bayes.curvature.sketch import cross_entropies, sketch
+from spamprune.bayes.curvature.exact import exact
+from spamprune.bayes.curvature.kron import kron
+from spamprune.bayes.curvature.method import CurvatureMethod, fit_curvature
+from spamprune.bayes.curvature.sketch import sketch
 
-__all__ = ["Curvature", "cross_entropies", "sketch"]
+__all__ = ["Curvature", "CurvatureMethod", "exact", "fit_curvature", "kron", "sketch"]

@@ -1,0 +1,288 @@
+"""Exact diagonals of the empirical Fisher and of the Gauss-Newton matrix, for any architecture.
+
+Every operation in which a parameter meets data is followed (:mod:`.trace`) and the squares of its
+per-sample gradients are summed by a rule (:mod:`.rules`). Parameters that are used more than once
+have their per-sample gradients added up before they are squared; parameters behind a tensor made
+of parameters (weight standardisation, tables of position biases) get theirs through it; what no
+rule covers is computed one sample at a time. All of it is compared with single samples' gradients
+on a few samples of the data before the pass begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from spamprune.bayes.curvature.base import Curvature, Labels
+from spamprune.bayes.curvature.batches import (
+    DEFAULT_BUDGET,
+    accumulate,
+    doubled,
+    sum_over_processes,
+)
+from spamprune.bayes.curvature.directions import Directions, generator_of
+from spamprune.bayes.curvature.operations import Term
+from spamprune.bayes.curvature.passes import Pass, Plan
+from spamprune.bayes.curvature.probe import few, jittered, probe
+from spamprune.bayes.curvature.squares import at_least_single, slices, sum_of_squares
+from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
+from spamprune.bayes.parameters import named_parameters
+
+#: Bytes of per-sample gradients of parameters that are used more than once.
+_SHARED = 2**26
+
+
+def exact(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    n_data: int,
+    labels: Labels = "ef",
+    likelihood: Likelihood = CLASSIFICATION,
+    samples: int | None = None,
+    draws: int | None = None,
+    seed: int = 0,
+    budget: int = DEFAULT_BUDGET,
+) -> Curvature:
+    """Compute the diagonal of the curvature from exact per-sample squares.
+
+    ``labels="ef"`` sums the squared gradients of every sample's loss; ``labels="ggn"`` the squared
+    gradients along every column of a root of the loss's Hessian in the outputs, one backward pass
+    for each class (Martens 2020, section 9), or those of the losses of drawn labels.
+
+    Args:
+        model: The network; it is left as it was.
+        batches: Pairs of inputs and targets.
+        n_data: Size of the data set that the curvature is summed over.
+        labels: Whose labels the gradients use.
+        likelihood: Of the targets.
+        samples: Stop once this many samples were seen and scale to ``n_data``; all by default.
+        draws: For ``"ggn"``: draws of labels from the model, instead of all classes; unbiased.
+        seed: Of the draws.
+        budget: Bytes that a piece of a batch may keep for its backward pass.
+
+    Raises:
+        PosteriorError: There are no batches, samples are not independent, the loss is not finite,
+            or the model's operations depend on the data.
+    """
+    parameters = named_parameters(model)
+    directions = Directions(labels, likelihood, draws, generator_of(model, seed))
+    sums: Squares | None = None
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal sums
+        if sums is None:
+            sums = Squares(parameters, checked_plan(model, inputs, targets, parameters, likelihood))
+        return sums.add_batch(model, inputs, targets, directions)
+
+    seen = accumulate(model, batches, step, likelihood=likelihood, samples=samples, budget=budget)
+    assert sums is not None
+    sum_over_processes(list(sums.totals.values()))
+    scale = n_data / seen.seen
+    return Curvature(
+        diag={name: total.mul_(scale) for name, total in sums.totals.items()},
+        loss=seen.loss * scale,
+        n_data=n_data,
+        labels=labels,
+        estimator="exact",
+        how=sums.how(),
+    )
+
+
+@dataclass
+class _Shared:
+    """Parameters whose per-sample gradients need several terms, or go through another tensor."""
+
+    names: tuple[str, ...]
+    expected: int
+    arrived: list[tuple[Term, Tensor]] = field(default_factory=list)
+
+
+class Squares:
+    """Sums of squared per-sample gradients, for every parameter.
+
+    Attributes:
+        totals: By name, shaped like the parameter, in float32 at least.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], plan: Plan):
+        self._parameters, self._plan = parameters, plan
+        self.totals = {
+            name: torch.zeros_like(at_least_single(p.detach())) for name, p in parameters.items()
+        }
+        self._prepared = False
+        self._shared: dict[str, _Shared] = {}
+        self._operations: dict[str, set[str]] = {name: set() for name in parameters}
+
+    def add_batch(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        targets: Tensor,
+        directions: Directions,
+    ) -> Tensor:
+        """Add a batch and return its summed loss."""
+        terms: list[Term] = []
+        forward = Pass(model, inputs, self._parameters, self._plan, self.receive, terms.append)
+        if not self._prepared:
+            self.prepare(terms)
+            self._prepared = True
+        losses = directions.likelihood.losses(forward.outputs, targets)
+        for objective, gradient, last in directions.of(forward.outputs, losses, targets):
+            forward.backward(objective, gradient, last=last)
+        self._add_loops(model, inputs, targets, directions)
+        return losses.detach().sum()
+
+    def prepare(self, terms: list[Term]) -> None:
+        """Group parameters that share terms; those with one direct term need no group."""
+        groups: list[set[str]] = []
+        for term in terms:
+            for name in term.origins:
+                self._operations[name].add(term.operation)
+            touching = [g for g in groups if g & term.origins]
+            groups = [g for g in groups if not g & term.origins]
+            groups.append(set(term.origins).union(*touching))
+        for group in groups:
+            mine = [term for term in terms if term.origins & group]
+            (name, *_) = group
+            if len(mine) > 1 or mine[0].target is not self._parameters[name]:
+                component = _Shared(tuple(sorted(group)), len(mine))
+                self._shared |= dict.fromkeys(group, component)
+
+    def receive(self, term: Term, gradient: Tensor) -> None:
+        """Add what the gradient at a term's operation says of its parameters."""
+        (name, *_) = term.origins
+        if name not in self._shared:
+            total = self.totals[name]
+            found = sum_of_squares(term.rule, gradient, term.data, total.numel())
+            total.add_(found.view_as(total))
+            return
+        component = self._shared[name]
+        component.arrived.append((term, gradient))
+        if len(component.arrived) == component.expected:
+            arrived, component.arrived = component.arrived, []
+            self._add_shared(component.names, arrived)
+
+    def _add_shared(self, names: tuple[str, ...], arrived: list[tuple[Term, Tensor]]) -> None:
+        parameters = {name: self._parameters[name] for name in names}
+        sizes = [p.numel() for p in parameters.values()]
+        sizes += [term.target.numel() for term, _ in arrived]
+        sizes += [x[0].numel() for term, gradient in arrived for x in (gradient, *term.data)]
+        for part in slices(len(arrived[0][1]), 8 * sum(sizes), _SHARED):
+            sums: dict[str, Tensor] = {}
+            for term, gradient in arrived:
+                data = [at_least_single(x[part]) for x in term.data]
+                found = term.rule.per_sample(at_least_single(gradient[part]), *data)
+                found = found.view(-1, *term.target.shape)
+                for name, rows in _through(term, found, parameters):
+                    sums[name] = sums[name] + rows if name in sums else rows
+            for name, rows in sums.items():
+                self.totals[name] += rows.square().sum(0)
+
+    def _add_loops(
+        self, model: nn.Module, inputs: Tensor, targets: Tensor, directions: Directions
+    ) -> None:
+        names = sorted(self._plan.loops)
+        if not names:
+            return
+        parameters = [self._parameters[name] for name in names]
+        rows = single_gradients(model, inputs, targets, parameters, directions)
+        for row in rows:
+            for name, gradient in zip(names, row, strict=True):
+                if gradient is not None:
+                    gradient = at_least_single(gradient)
+                    self.totals[name].addcmul_(gradient, gradient)
+
+    def how(self) -> dict[str, str]:
+        """Return, for each parameter, in words, how its squares were got."""
+        words = {}
+        for name, operations in self._operations.items():
+            if name in self._plan.loops:
+                words[name] = "exact: one sample at a time"
+            elif operations:
+                words[name] = "exact: " + ", ".join(sorted(operations))
+            else:
+                words[name] = "exact: not used by the loss"
+        return words
+
+
+def _through(
+    term: Term, rows: Tensor, parameters: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Take per-sample gradients of a term's target to the parameters that it is made of."""
+    names = sorted(term.origins)
+    if len(names) == 1 and term.target is parameters[names[0]]:
+        yield names[0], rows
+        return
+    found = torch.autograd.grad(
+        term.target,
+        [parameters[name] for name in names],
+        rows.to(term.target.dtype),
+        retain_graph=True,
+        is_grads_batched=True,
+        allow_unused=True,
+    )
+    for name, gradient in zip(names, found, strict=True):
+        if gradient is not None:
+            yield name, at_least_single(gradient)
+
+
+def single_gradients(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    parameters: list[Tensor],
+    directions: Directions,
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Yield gradients one sample (and root) at a time: slow, and right for anything."""
+    for x, y in zip(inputs.split(1), targets.split(1), strict=True):
+        outputs = model(doubled(x))[:1]
+        losses = directions.likelihood.losses(outputs, y)
+        for objective, gradient, last in directions.of(outputs, losses, y):
+            yield torch.autograd.grad(
+                objective, parameters, gradient, retain_graph=not last, allow_unused=True
+            )
+
+
+def checked_plan(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    parameters: Mapping[str, Tensor],
+    likelihood: Likelihood,
+) -> Plan:
+    """Return a plan whose every parameter was compared with single samples' gradients.
+
+    The parameters are jittered meanwhile, so that zeros at initialisation hide nothing; one whose
+    squares differ is left to the loop over single samples.
+    """
+    x, y = few(inputs, targets)
+    with jittered(parameters):
+        plan = probe(model, x, parameters)
+        sums = Squares(parameters, plan)
+        fisher = Directions("ef", likelihood)
+        sums.add_batch(model, x, y, fisher)
+        expected = {name: torch.zeros_like(total) for name, total in sums.totals.items()}
+        singles = single_gradients(model, x, y, list(parameters.values()), fisher)
+        for row in singles:
+            for total, gradient in zip(expected.values(), row, strict=True):
+                if gradient is not None:
+                    total += at_least_single(gradient).square()
+    return Plan(plan.uses, plan.loops | _different(sums.totals, expected, parameters))
+
+
+def _different(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> set[str]:
+    """Return the names whose squares differ by more than rounding."""
+    largest = max(e.max() for e in expected.values())
+    names = set()
+    for name, e in expected.items():
+        eps = torch.finfo(parameters[name].dtype).eps
+        noise = (100 * eps) ** 2 * largest
+        if not (found[name] - e).abs().max() <= min(0.2, 30 * eps**0.5) * e.max() + noise:
+            names.add(name)
+    return names

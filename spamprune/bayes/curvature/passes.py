@@ -1,0 +1,141 @@
+"""Passes over a batch that hand each use's gradient to whoever needs it.
+
+The forward pass is recorded, the backward pass goes from the loss to the outputs of the recorded
+operations and no further: no ordinary weight gradient is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from spamprune.bayes.curvature.batches import doubled
+from spamprune.bayes.curvature.layout import Layout
+from spamprune.bayes.curvature.operations import Term, terms_of
+from spamprune.bayes.curvature.trace import Recorder, Use
+from spamprune.errors import PosteriorError
+
+
+@dataclass(frozen=True)
+class PlannedUse:
+    """Where samples lie in the tensors of one recorded operation.
+
+    Attributes:
+        name: Of the operation.
+        output: Layout of its output.
+        data: Layouts of its data; with ``output`` None the operation is passed over.
+    """
+
+    name: str
+    output: Layout | None
+    data: tuple[Layout, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the gradients of a model's parameters are followed.
+
+    Attributes:
+        uses: The operations that a forward pass records, in order.
+        loops: Names of the parameters that no rule covers: one sample at a time.
+    """
+
+    uses: tuple[PlannedUse, ...]
+    loops: frozenset[str]
+
+
+#: Receives the term and the gradient at its operation's output, split into samples.
+Receiver = Callable[[Term, Tensor], None]
+
+
+class Pass:
+    """The forward pass of one batch, ready for one or more backward passes.
+
+    Attributes:
+        outputs: Of the model.
+
+    Args:
+        model: In evaluation mode.
+        inputs: A batch.
+        parameters: Whose gradients are asked for, by name.
+        plan: What the recorded operations will be, in order.
+        receive: Called during each backward pass, for each term.
+        announce: Called during the forward pass, for each term that ``receive`` will get.
+
+    Raises:
+        PosteriorError: The model did not call the planned operations.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor,
+        parameters: Mapping[str, Tensor],
+        plan: Plan,
+        receive: Receiver,
+        announce: Callable[[Term], None] = lambda term: None,
+    ):
+        self._plan, self._receive, self._announce = plan, receive, announce
+        asked, inputs = len(inputs), doubled(inputs)
+        self._samples = len(inputs)
+        self._ends: list[Any] = []
+        self._followed: set[str] = set()
+        self._count = 0
+        self._last = False
+        with Recorder(parameters, inputs, self._on_use):
+            self.outputs = model(inputs)[:asked]
+        # what nothing was recorded of may be all that lies behind an operation: go there too
+        self._ends += [p for name, p in parameters.items() if name not in self._followed]
+        if self._count != len(plan.uses):
+            raise _differs("fewer operations")
+
+    def _on_use(self, use: Use) -> None:
+        uses = self._plan.uses
+        if self._count == len(uses) or use.name != uses[self._count].name:
+            raise _differs(f"{use.name!r} as operation {self._count}")
+        planned = uses[self._count]
+        self._count += 1
+        if not any(t.requires_grad for t in use.data):
+            self._ends.extend(get_gradient_edge(t) for t in _outputs(use))
+        if planned.output is None:
+            return
+        terms = terms_of(use, self._samples, planned.output, planned.data)
+        assert terms is not None, "the plan holds only operations that can be handled"
+        held = [term for term in terms if not term.origins & self._plan.loops]
+        for term in held:
+            self._followed |= term.origins
+            self._announce(term)
+        layout = planned.output
+
+        def on_gradient(gradient: Tensor) -> None:
+            split = layout.split(gradient.detach(), self._samples)
+            for term in held:
+                self._receive(term, split)
+            if self._last:
+                held.clear()  # so that activations go as the backward pass goes
+
+        use.output.register_hook(on_gradient)
+
+    def backward(self, objective: Tensor, gradient: Tensor | None = None, *, last: bool) -> None:
+        """Send the gradient of ``objective`` back; ``last`` frees the graph on the way."""
+        self._last = last
+        torch.autograd.grad(
+            objective, self._ends, gradient, retain_graph=not last, allow_unused=True
+        )
+
+
+def _outputs(use: Use) -> list[Tensor]:
+    outputs = use.output if isinstance(use.output, (list, tuple)) else [use.output]
+    return [t for t in outputs if isinstance(t, Tensor) and t.requires_grad]
+
+
+def _differs(what: str) -> PosteriorError:
+    return PosteriorError(
+        f"the model called {what} where another batch did not: its path depends on the data; use "
+        "estimator 'sketch', which does not follow operations"
+    )
