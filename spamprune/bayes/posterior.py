@@ -10,23 +10,28 @@ from dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spamprune.bayes.curvature import Curvature, sketch
-from spamprune.bayes.curvature.sketch import Labels
+from spamprune.bayes.curvature import Curvature, CurvatureMethod, fit_curvature
+from spamprune.bayes.curvature.blocks import Kronecker
 from spamprune.bayes.evidence import log_evidence
+from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import check_shapes, named_parameters
 from spamprune.bayes.prior import Prior
 from spamprune.errors import PosteriorError
 from spamprune.files import write_tensors
 
-_FORMAT = "spamprune-posterior-1"
+_FORMAT = "spamprune-posterior-2"
+
+#: What a file's metadata tells of the curvature, besides its tensors.
+_ABOUT = ("loss", "n_data", "labels", "estimator", "how", "error")
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """A diagonal Laplace posterior, keyed by parameter name.
+    """A Laplace posterior, keyed by parameter name, with diagonal or Kronecker curvature.
 
     Attributes:
-        curvature: H, summed over the data set, and how it was estimated.
+        curvature: H, summed over the data set, and how it was estimated; parameters that it lacks
+            have the precision of the prior alone.
         prior_precision: δ for every parameter, shaped like it.
         temperature: T.
         log_evidence: Log marginal likelihood of the data set, in nats, at the fitted parameters.
@@ -40,26 +45,37 @@ class Posterior:
     def precision(self) -> dict[str, Tensor]:
         """Return the diagonal of P for every parameter, shaped like it."""
         return {
-            name: h / self.temperature + self.prior_precision[name]
-            for name, h in self.curvature.diag.items()
+            name: self.curvature.block(name).precision(delta, self.temperature)
+            if name in self.curvature.diag
+            else delta
+            for name, delta in self.prior_precision.items()
+        }
+
+    def coverage(self) -> dict[str, str]:
+        """Return in words, for every parameter, how its curvature was got."""
+        curvature = self.curvature
+        return {
+            name: curvature.how.get(name, curvature.estimator)
+            if name in curvature.diag
+            else "excluded: prior precision only"
+            for name in self.prior_precision
         }
 
     def check(self, model: nn.Module) -> None:
         """Raise a :class:`PosteriorError` unless this posterior fits ``model``'s parameters."""
-        check_shapes(model, self.curvature.diag, "the posterior")
+        check_shapes(model, self.prior_precision, "the posterior")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the posterior to one safetensors file, atomically."""
-        tensors = {f"curvature/{n}": h for n, h in self.curvature.diag.items()}
+        curvature = self.curvature
+        tensors = {f"curvature/{n}": h for n, h in curvature.diag.items()}
         tensors |= {f"prior/{n}": d for n, d in self.prior_precision.items()}
-        about = {
-            "temperature": self.temperature,
-            "log_evidence": self.log_evidence,
-            "loss": self.curvature.loss,
-            "n_data": self.curvature.n_data,
-            "labels": self.curvature.labels,
-            "estimator": self.curvature.estimator,
-        }
+        for name, block in curvature.kron.items():
+            tensors[f"kron_outputs/{name}"] = block.outputs
+            if block.inputs is not None:
+                tensors[f"kron_inputs/{name}"] = block.inputs
+        about = {"temperature": self.temperature, "log_evidence": self.log_evidence}
+        about |= {key: getattr(curvature, key) for key in _ABOUT}
         write_tensors(path, tensors, {"format": _FORMAT, "posterior": json.dumps(about)})
 
 
@@ -81,14 +97,18 @@ def load_posterior(path: str | os.PathLike[str]) -> Posterior:
         raise PosteriorError(f"{os.fspath(path)} is no posterior of this version of spamprune")
     part = {
         kind: {k.split("/", 1)[1]: t for k, t in tensors.items() if k.startswith(kind + "/")}
-        for kind in ("curvature", "prior")
+        for kind in ("curvature", "prior", "kron_outputs", "kron_inputs")
     }
     try:
         about = json.loads(metadata["posterior"])
         temperature, evidence = about.pop("temperature"), about.pop("log_evidence")
-        return Posterior(
-            Curvature(part["curvature"], **about), part["prior"], temperature, evidence
-        )
+        diag, inputs = part["curvature"], part["kron_inputs"]
+        kron = {
+            name: Kronecker(outputs, inputs.get(name), tuple(diag[name].shape))
+            for name, outputs in part["kron_outputs"].items()
+        }
+        curvature = Curvature(diag, **about, kron=kron)
+        return Posterior(curvature, part["prior"], temperature, evidence)
     except (KeyError, TypeError, ValueError) as error:
         raise PosteriorError(f"{os.fspath(path)} is damaged: fit the posterior again") from error
 
@@ -110,25 +130,26 @@ def fit_posterior(
     *,
     n_data: int | None = None,
     prior: Prior | float = 1.0,
-    labels: Labels = "ef",
+    curvature: CurvatureMethod = CurvatureMethod(),  # noqa: B008 - frozen
+    likelihood: Likelihood = CLASSIFICATION,
     temperature: float = 1.0,
-    samples: int | None = None,
     seed: int = 0,
 ) -> Posterior:
-    """Fit a diagonal Laplace posterior to any trained classifier in one gradient pass.
+    """Fit a Laplace posterior to any trained network, by default in one gradient pass.
 
     Args:
         model: The trained network; it is left as it was.
-        loader: Batches of inputs and integer class labels.
+        loader: Batches of inputs and targets.
         n_data: Size of the training set; by default ``len(loader.dataset)``.
         prior: A prior, or the precision of a scalar one.
-        labels: ``"ef"`` or ``"ggn"``, see :func:`spamprune.bayes.curvature.sketch`.
+        curvature: How H is computed: diagonal or Kronecker-factored, sketched or exact.
+        likelihood: Of the targets; by default integer class labels.
         temperature: T.
-        samples: Use this many samples only, scaled up to ``n_data``.
-        seed: Of the sketch.
+        seed: Of what the curvature draws.
 
     Raises:
-        PosteriorError: ``n_data`` is not given and the loader has no ``dataset``.
+        PosteriorError: ``n_data`` is not given and the loader has no ``dataset``, or the curvature
+            cannot be computed this way.
     """
     if n_data is None:
         dataset = getattr(loader, "dataset", None)
@@ -137,5 +158,7 @@ def fit_posterior(
         n_data = len(dataset)
     if not isinstance(prior, Prior):
         prior = Prior(model, "scalar", prior)
-    curvature = sketch(model, loader, n_data=n_data, labels=labels, samples=samples, seed=seed)
-    return posterior_from(model, curvature, prior, temperature)
+    found = fit_curvature(
+        model, loader, n_data=n_data, method=curvature, likelihood=likelihood, seed=seed
+    )
+    return posterior_from(model, found, prior, temperature)

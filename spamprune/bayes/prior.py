@@ -82,15 +82,11 @@ class Prior:
             for name, factors in self.log_factors.items()
         }
 
-    def reduce(self, gradient: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the gradient in each of :meth:`factors` from that in each parameter's log δ."""
+    def ties(self) -> list[tuple[list[Tensor], list[str]]]:
+        """Return the free log factors in sets that share no parameter, with those they govern."""
         if self._shared is not None:
-            return [torch.stack([g.sum() for g in gradient.values()]).sum()]
-        return [
-            gradient[name].sum_to_size(factor.shape)
-            for name, factors in self.log_factors.items()
-            for factor in factors
-        ]
+            return [([self._shared], list(self.log_factors))]
+        return [(factors, [name]) for name, factors in self.log_factors.items()]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the free log factors, by position."""

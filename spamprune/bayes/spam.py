@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spamprune.bayes import evidence
-from spamprune.bayes.curvature import Curvature, sketch
-from spamprune.bayes.curvature.sketch import Labels
+from spamprune.bayes.curvature import Curvature, CurvatureMethod, fit_curvature
+from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood, Regression
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import Posterior, posterior_from
 from spamprune.bayes.prior import Prior, Structure
 from spamprune.errors import PosteriorError
 
-Update = Literal["adam", "exact"]
+Update = Literal["adam", "exact", "mackay"]
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,24 @@ class SpaM:
         model: The network to train.
         n_data: N, the number of training samples.
         prior: How prior precisions are tied.
-        curvature: ``"ef"`` or ``"ggn"``: see :func:`spamprune.bayes.curvature.sketch`.
+        curvature: How the curvature of the loss is computed.
+        likelihood: Of the targets. A :class:`~spamprune.bayes.likelihood.Regression` has the
+            variance of its noise learned with the prior; train on the mean of its ``losses``.
         precision: δ₀.
         temperature: T; larger is sparser.
         burn_in: Epochs before the first update; None means never.
         every: Epochs between updates.
         last: No update after this epoch, so that the weights settle under a fixed prior.
-        update: ``"adam"`` takes ``steps`` Adam steps on log δ (the paper's); ``"exact"`` jumps to
-            the optimum of a parameterwise prior.
-        steps: Adam steps of an update.
-        lr: Learning rate of those steps.
+        update: ``"adam"`` takes ``steps`` Adam steps on log δ (the paper's); ``"mackay"`` as many
+            steps of a fixed point; ``"exact"`` jumps to the optimum of a parameterwise prior.
+        steps: Steps of an update.
+        lr: Learning rate of Adam's.
         damping: For ``"exact"``: weight of the old log δ in the new one.
-        samples: Samples that a curvature pass sees; all by default.
-        seed: Of the curvature's random signs or labels.
+        seed: Of what the curvature draws.
 
     Raises:
-        PosteriorError: ``"exact"`` is asked of a prior that is not parameterwise.
+        PosteriorError: ``"exact"`` is asked of a prior that is not parameterwise, or of Kronecker
+            factors.
     """
 
     def __init__(
@@ -69,7 +71,8 @@ class SpaM:
         n_data: int,
         *,
         prior: Structure = "parameterwise",
-        curvature: Labels = "ef",
+        curvature: CurvatureMethod = CurvatureMethod(),  # noqa: B008 - frozen
+        likelihood: Likelihood = CLASSIFICATION,
         precision: float = 1.0,
         temperature: float = 1.0,
         burn_in: int | None = 0,
@@ -79,20 +82,21 @@ class SpaM:
         steps: int = 100,
         lr: float = 0.1,
         damping: float = 0.0,
-        samples: int | None = None,
         seed: int = 0,
     ):
         if update == "exact" and prior != "parameterwise":
             raise PosteriorError(f"update 'exact' needs a parameterwise prior, not {prior!r}")
+        if update == "exact" and curvature.structure == "kron":
+            raise PosteriorError("update 'exact' needs structure 'diag': use 'adam' for 'kron'")
         self.model = model
         self.n_data = n_data
         self.prior = Prior(model, prior, precision)
-        self.labels: Labels = curvature
+        self.curvature, self.likelihood = curvature, likelihood
         self.temperature = temperature
         self.burn_in, self.every, self.last = burn_in, every, last
         self.update_rule: Update = update
         self.steps, self.lr, self.damping = steps, lr, damping
-        self.samples, self.seed = samples, seed
+        self.seed = seed
         self._parameters = named_parameters(model)
         self._refresh()
 
@@ -145,44 +149,52 @@ class SpaM:
         """
         if not self.due(epoch):
             return None
-        curvature = self.fit_curvature(loader, self.seed + epoch, self.samples)
+        curvature = self._fit_curvature(loader, self.seed + epoch, self.curvature)
         before = self._log_evidence(curvature)
+        given = (self.prior, self._parameters, curvature)
         if self.update_rule == "exact":
-            evidence.maximise(
-                self.prior,
-                self._parameters,
-                curvature,
-                damping=self.damping,
-                temperature=self.temperature,
-            )
+            evidence.maximise(*given, damping=self.damping, temperature=self.temperature)
+        elif self.update_rule == "mackay":
+            evidence.mackay(*given, steps=self.steps, temperature=self.temperature)
         else:
-            evidence.ascend(
-                self.prior,
-                self._parameters,
-                curvature,
-                steps=self.steps,
-                lr=self.lr,
-                temperature=self.temperature,
-            )
+            evidence.ascend(*given, steps=self.steps, lr=self.lr, temperature=self.temperature)
+        after = self._log_evidence(curvature)
+        if isinstance(self.likelihood, Regression):
+            self.likelihood = self._with_noise(self.likelihood, curvature, loader)
         self._refresh()
-        return EvidenceStep(epoch, before, self._log_evidence(curvature))
+        return EvidenceStep(epoch, before, after)
 
-    def fit_curvature(
-        self, loader: Iterable[tuple[Tensor, Tensor]], seed: int, samples: int | None = None
+    def _fit_curvature(
+        self, loader: Iterable[tuple[Tensor, Tensor]], seed: int, method: CurvatureMethod
     ) -> Curvature:
-        """Return the curvature of the summed loss at the current parameters."""
-        return sketch(
+        return fit_curvature(
             self.model,
             loader,
             n_data=self.n_data,
-            labels=self.labels,
-            samples=samples,
+            method=method,
+            likelihood=self.likelihood,
             seed=seed,
         )
 
+    def _with_noise(
+        self,
+        likelihood: Regression,
+        curvature: Curvature,
+        loader: Iterable[tuple[Tensor, Tensor]],
+    ) -> Regression:
+        """Return the likelihood with the noise that maximises the evidence under the new prior."""
+        outputs = self.n_data * next(iter(loader))[1][0].numel()
+        constant = 0.5 * outputs * math.log(2 * math.pi * likelihood.noise)
+        squares = 2 * likelihood.noise * (curvature.loss - constant)
+        effective = evidence.effective_parameters(
+            curvature, self.prior.precision(), self.temperature
+        )
+        return likelihood.relearned(squares, outputs, self.temperature * effective)
+
     def posterior(self, loader: Iterable[tuple[Tensor, Tensor]]) -> Posterior:
         """Fit the posterior at the current parameters, on all of ``loader``."""
-        curvature = self.fit_curvature(loader, self.seed)
+        whole = replace(self.curvature, samples=None)
+        curvature = self._fit_curvature(loader, self.seed, whole)
         return posterior_from(self.model, curvature, self.prior, self.temperature)
 
     def _log_evidence(self, curvature: Curvature) -> float:

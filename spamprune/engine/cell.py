@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from spamprune.bayes.curvature import CurvatureMethod
 from spamprune.bayes.posterior import Posterior, load_posterior
 from spamprune.bayes.spam import SpaM
 from spamprune.engine import experiments
@@ -96,7 +97,7 @@ def train(bench: Bench, model: nn.Module) -> tuple[list[EpochRecord], Posterior]
         model,
         len(data),
         prior=config.prior.structure,
-        curvature=config.curvature.labels,
+        curvature=CurvatureMethod(**config.curvature.model_dump()),
         precision=config.prior.precision,
         temperature=config.temperature,
         burn_in=evidence.burn_in if tuned else None,
@@ -106,7 +107,6 @@ def train(bench: Bench, model: nn.Module) -> tuple[list[EpochRecord], Posterior]
         steps=evidence.steps,
         lr=evidence.lr,
         damping=evidence.damping,
-        samples=config.curvature.samples,
         seed=bench.seed,
     )
     lines = bench.folder / "metrics.jsonl"

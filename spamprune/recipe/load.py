@@ -87,9 +87,10 @@ def _read(path: Path) -> Document:
     return document.parse(text, lambda line: f"{path}:{line}")
 
 
-def _look_ups() -> dict[str, Callable[[str], object]]:
-    """Return, for each kind of name in a recipe, a function that raises if it is unknown."""
+def _look_ups() -> dict[str, Callable[..., object]]:
+    """Return functions that raise if a name in a recipe is unknown or choices disagree."""
     # Only a recipe that is being checked needs these, and they bring in all of torch.
+    from spamprune.bayes.curvature import CurvatureMethod
     from spamprune.data import DATA_SETS
     from spamprune.models import check_name
     from spamprune.scores import CRITERIA
@@ -98,6 +99,7 @@ def _look_ups() -> dict[str, Callable[[str], object]]:
         "data set": DATA_SETS.__getitem__,
         "model": check_name,
         "criterion": CRITERIA.__getitem__,
+        "curvature": CurvatureMethod,
     }
 
 

@@ -137,29 +137,58 @@ class Prior(Section):
 
 
 class Curvature(Section):
-    """How the curvature of the loss is estimated."""
+    """How the curvature of the loss is computed."""
 
     labels: Literal["ef", "ggn"] = Field(
-        "ef",
-        description="ef: empirical Fisher; ggn: Gauss-Newton with labels drawn from the model.",
+        "ef", description="ef: empirical Fisher; ggn: Gauss-Newton, with the model's own labels."
+    )
+    structure: Literal["diag", "kron"] = Field(
+        "diag", description="kron: Kronecker factors for linear layers and convolutions."
+    )
+    estimator: Literal["sketch", "exact", "asdl"] | None = Field(
+        None,
+        description="sketch: random signs, one gradient pass; exact: per-sample squares; asdl: the "
+        "asdl library. By default sketch for diag and exact for kron.",
     )
     samples: int | None = Field(
         None, ge=1, description="Samples seen by the curvature pass of an update; all by default."
     )
+    draws: int | None = Field(
+        None,
+        ge=1,
+        description="Sign vectors or drawn labels per sample: one in a sketch; an exact ggn goes "
+        "through all classes by default.",
+    )
+    group: int | None = Field(
+        None, ge=1, description="Samples of a sketch that share a square; whole batches by default."
+    )
+    rest: Literal["diagonal", "exclude"] = Field(
+        "diagonal", description="What kron does with norms, scales, positions and lookup tables."
+    )
+
+    @model_validator(mode="after")
+    def _goes_together(self, info: ValidationInfo) -> Curvature:
+        if info.context:
+            try:
+                info.context["curvature"](**self.model_dump())
+            except SpampruneError as e:
+                raise ValueError(str(e)) from None
+        return self
 
 
 class Evidence(Section):
     """When and how the marginal likelihood tunes the prior."""
 
-    update: Literal["adam", "exact"] = Field(
+    update: Literal["adam", "exact", "mackay"] = Field(
         "adam",
-        description="adam: steps on log δ; exact: closed-form optimum of a parameterwise prior.",
+        description="adam: steps on log δ; mackay: steps of a fixed point; exact: closed-form "
+        "optimum of a parameterwise prior.",
     )
     burn_in: int = Field(0, ge=0, description="Epochs before the first update.")
     every: int = Field(5, ge=1, description="Epochs between updates.")
     last: int | None = Field(None, ge=1, description="No update after this epoch.")
-    steps: int = Field(100, ge=1, description="Adam steps of an update.")
-    lr: float = Field(0.1, gt=0, description="Learning rate of those steps.")
+    steps: int = Field(100, ge=1, description="Steps of an update.")
+    lr: float = Field(0.1, gt=0, description="Learning rate of Adam's steps.")
     damping: float = Field(
         0.0, ge=0, lt=1, description="For exact: weight of the old log δ in the new one."
     )
@@ -185,9 +214,13 @@ class Train(Section):
         if exact and self.prior.structure != "parameterwise":
             raise _fault(
                 "'exact' needs prior.structure 'parameterwise', not "
-                f"{self.prior.structure!r}: use 'adam'",
+                f"{self.prior.structure!r}: use 'adam' or 'mackay'",
                 "evidence",
                 "update",
+            )
+        if exact and self.curvature.structure == "kron":
+            raise _fault(
+                "'exact' needs curvature.structure 'diag': use 'adam'", "evidence", "update"
             )
         return self
 

@@ -51,9 +51,15 @@ def opd(model: nn.Module, posterior: Posterior | None = None, *, seed: int = 0) 
 @criterion("obd")
 @torch.no_grad()
 def obd(model: nn.Module, posterior: Posterior | None = None, *, seed: int = 0) -> Scores:
-    """Optimal brain damage ``½ H_pp θ_p²`` (LeCun et al. 1990), H from the posterior."""
+    """Optimal brain damage ``½ H_pp θ_p²`` (LeCun et al. 1990), H from the posterior.
+
+    It is 0 for parameters that the posterior's curvature excludes.
+    """
     diag = _needed(model, posterior, "obd").curvature.diag
-    return {name: 0.5 * diag[name] * p.square() for name, p in named_parameters(model).items()}
+    return {
+        name: 0.5 * diag[name] * p.square() if name in diag else torch.zeros_like(p)
+        for name, p in named_parameters(model).items()
+    }
 
 
 @criterion("magnitude")
