@@ -33,6 +33,8 @@ from spamprune.bayes.parameters import named_parameters
 
 #: Bytes of per-sample gradients of parameters that are used more than once.
 _SHARED = 2**26
+#: Samples whose gradients are checked one by one.
+_CHECKED = 2
 
 
 def exact(
@@ -125,16 +127,21 @@ class Squares:
         directions: Directions,
     ) -> Tensor:
         """Add a batch and return its summed loss."""
-        terms: list[Term] = []
-        forward = Pass(model, inputs, self._parameters, self._plan, self.receive, terms.append)
-        if not self._prepared:
-            self.prepare(terms)
-            self._prepared = True
+        forward = self.forward(model, inputs)
         losses = directions.likelihood.losses(forward.outputs, targets)
         for objective, gradient, last in directions.of(forward.outputs, losses, targets):
             forward.backward(objective, gradient, last=last)
         self._add_loops(model, inputs, targets, directions)
         return losses.detach().sum()
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Pass:
+        """Return the forward pass of a batch, whose backward passes add to the totals."""
+        terms: list[Term] = []
+        forward = Pass(model, inputs, self._parameters, self._plan, self.receive, terms.append)
+        if not self._prepared:
+            self.prepare(terms)
+            self._prepared = True
+        return forward
 
     def prepare(self, terms: list[Term]) -> None:
         """Group parameters that share terms; those with one direct term need no group."""
@@ -257,32 +264,28 @@ def checked_plan(
     """Return a plan whose every parameter was compared with single samples' gradients.
 
     The parameters are jittered meanwhile, so that zeros at initialisation hide nothing; one whose
-    squares differ is left to the loop over single samples.
+    squares differ by more than rounding is left to the loop over single samples.
     """
     x, y = few(inputs, targets)
+    first = x[:_CHECKED], y[:_CHECKED]
+    fisher = Directions("ef", likelihood)
     with jittered(parameters):
         plan = probe(model, x, parameters)
         sums = Squares(parameters, plan)
-        fisher = Directions("ef", likelihood)
-        sums.add_batch(model, x, y, fisher)
-        expected = {name: torch.zeros_like(total) for name, total in sums.totals.items()}
-        singles = single_gradients(model, x, y, list(parameters.values()), fisher)
-        for row in singles:
-            for total, gradient in zip(expected.values(), row, strict=True):
+        forward = sums.forward(model, x)
+        losses = likelihood.losses(forward.outputs, y)
+        forward.backward(losses[:_CHECKED].sum(), last=True)
+        scales = {name: total.max() for name, total in sums.totals.items()}
+        for row in single_gradients(model, *first, list(parameters.values()), fisher):
+            for name, gradient in zip(parameters, row, strict=True):
                 if gradient is not None:
-                    total += at_least_single(gradient).square()
-    return Plan(plan.uses, plan.loops | _different(sums.totals, expected, parameters))
-
-
-def _different(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> set[str]:
-    """Return the names whose squares differ by more than rounding."""
-    largest = max(e.max() for e in expected.values())
-    names = set()
-    for name, e in expected.items():
+                    gradient = at_least_single(gradient)
+                    sums.totals[name].addcmul_(gradient, gradient, value=-1)
+    largest = max(scales.values())
+    loops = set(plan.loops)
+    for name, difference in sums.totals.items():
         eps = torch.finfo(parameters[name].dtype).eps
-        noise = (100 * eps) ** 2 * largest
-        if not (found[name] - e).abs().max() <= min(0.2, 30 * eps**0.5) * e.max() + noise:
-            names.add(name)
-    return names
+        rounding = min(0.2, 30 * eps**0.5) * scales[name] + (100 * eps) ** 2 * largest
+        if not difference.abs().max() <= rounding:
+            loops.add(name)
+    return Plan(plan.uses, frozenset(loops))
