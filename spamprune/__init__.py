@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from spamprune import scores
     from spamprune.artifact.load import load
     from spamprune.artifact.save import save
+    from spamprune.bayes.curvature import CurvatureMethod, preflight
+    from spamprune.bayes.likelihood import Classification, Regression
     from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior
     from spamprune.bayes.spam import SpaM
     from spamprune.engine.run import run
@@ -17,9 +19,12 @@ if TYPE_CHECKING:
     from spamprune.pruning.plan import Target, plan
 
 __all__ = [
+    "Classification",
+    "CurvatureMethod",
     "OPDImportance",
     "Plan",
     "Posterior",
+    "Regression",
     "ScoreImportance",
     "SpaM",
     "Target",
@@ -28,6 +33,7 @@ __all__ = [
     "load",
     "load_posterior",
     "plan",
+    "preflight",
     "run",
     "save",
     "scores",
@@ -36,9 +42,12 @@ __all__ = [
 
 # Names are loaded when they are first used: torch, timm and torch-pruning take seconds.
 _HOMES = {
+    "Classification": "spamprune.bayes.likelihood",
+    "CurvatureMethod": "spamprune.bayes.curvature",
     "OPDImportance": "spamprune.pruning.importance",
     "Plan": "spamprune.pruning.compaction",
     "Posterior": "spamprune.bayes.posterior",
+    "Regression": "spamprune.bayes.likelihood",
     "ScoreImportance": "spamprune.pruning.importance",
     "SpaM": "spamprune.bayes.spam",
     "Target": "spamprune.pruning.plan",
@@ -47,6 +56,7 @@ _HOMES = {
     "load": "spamprune.artifact",
     "load_posterior": "spamprune.bayes.posterior",
     "plan": "spamprune.pruning.plan",
+    "preflight": "spamprune.bayes.curvature",
     "run": "spamprune.engine.run",
     "save": "spamprune.artifact",
     "verify": "spamprune.pruning.compaction",

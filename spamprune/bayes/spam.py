@@ -45,7 +45,8 @@ class SpaM:
         model: The network to train.
         n_data: N, the number of training samples.
         prior: How prior precisions are tied.
-        curvature: How the curvature of the loss is computed.
+        curvature: How the curvature of the loss is computed. Updates see ``curvature.samples``
+            samples (docs/curvature.md has why 10 000 do), the final posterior all.
         likelihood: Of the targets. A :class:`~spamprune.bayes.likelihood.Regression` has the
             variance of its noise learned with the prior; train on the mean of its ``losses``.
         precision: δ₀.
@@ -71,7 +72,7 @@ class SpaM:
         n_data: int,
         *,
         prior: Structure = "parameterwise",
-        curvature: CurvatureMethod = CurvatureMethod(),  # noqa: B008 - frozen
+        curvature: CurvatureMethod = CurvatureMethod(samples=10_000),  # noqa: B008 - frozen
         likelihood: Likelihood = CLASSIFICATION,
         precision: float = 1.0,
         temperature: float = 1.0,

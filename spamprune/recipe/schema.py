@@ -151,7 +151,7 @@ class Curvature(Section):
         "asdl library. By default sketch for diag and exact for kron.",
     )
     samples: int | None = Field(
-        None, ge=1, description="Samples seen by the curvature pass of an update; all by default."
+        10_000, ge=1, description="Samples seen by the curvature pass of an update; null means all."
     )
     draws: int | None = Field(
         None,

@@ -6,20 +6,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from spamprune.bayes.curvature.base import Labels
+from spamprune.bayes.curvature.base import Structure
 from spamprune.bayes.curvature.batches import DEFAULT_BUDGET, examine, processes
+from spamprune.bayes.curvature.method import CurvatureMethod
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
 from spamprune.modules import device_of, evaluation_mode
-
-Estimator = Literal["sketch", "exact", "asdl"]
-Structure = Literal["diag", "kron"]
 
 #: Time of one backward pass of each kind over that of a plain one with all weight gradients;
 #: round figures of what benchmarks/curvature.py measures.
@@ -59,29 +56,21 @@ def preflight(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     n_data: int,
-    samples: int | None = None,
-    structure: Structure = "diag",
-    estimator: Estimator = "sketch",
-    labels: Labels = "ef",
+    curvature: CurvatureMethod = CurvatureMethod(),  # noqa: B008 - frozen
     likelihood: Likelihood = CLASSIFICATION,
-    draws: int = 1,
 ) -> Preflight:
     """Estimate what a curvature pass will take, from one gradient pass over a part of a batch.
 
     Forward and backward are timed apart, after a warm-up, on as many samples as take about half a
-    second. The backward passes are counted: one for each of ``draws``, and for an
-    exact Gauss-Newton one for each output of a sample.
+    second. The backward passes are counted: one for each draw, and for an exact Gauss-Newton one
+    for each output of a sample.
 
     Args:
         model: The network; its modes and gradients are left as they are.
         batches: Pairs of inputs and targets, of which the first is used.
         n_data: Size of the data set that the curvature is summed over.
-        samples: Samples that each process will see; its share of ``n_data`` by default.
-        structure: Of the curvature.
-        estimator: Of the curvature; Kronecker factors have but one.
-        labels: Whose labels the gradients use.
+        curvature: How it would be computed.
         likelihood: Of the targets.
-        draws: Of a sketch.
 
     Raises:
         PosteriorError: There are no batches, or samples are not independent of each other.
@@ -101,14 +90,15 @@ def preflight(
             forward, backward, outputs = _gradient_pass(
                 model, likelihood, inputs[:timed], targets[:timed]
             )
-    kind = "kron" if structure == "kron" else estimator
-    passes = draws if kind == "sketch" else outputs if labels == "ggn" else 1
-    total = math.ceil(n_data / processes()) if samples is None else samples
+    kind = "kron" if curvature.structure == "kron" else curvature.chosen
+    all_outputs = curvature.labels == "ggn" and curvature.chosen != "sketch"
+    passes = curvature.draws or (outputs if all_outputs else 1)
+    total = curvature.samples or math.ceil(n_data / processes())
     return Preflight(
         what="Kronecker factors" if kind == "kron" else kind,
         samples=total,
         seconds=(forward + passes * _BACKWARD[kind] * backward) / timed * total,
-        bytes=_result_bytes(model, structure),
+        bytes=_result_bytes(model, curvature.structure),
         activations=kept * piece,
     )
 
