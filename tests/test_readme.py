@@ -23,8 +23,10 @@ class Loader(list):
     dataset = range(256)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=["torch-pruning", "training loop"])
-def test_python_examples_run_and_prune(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "code", blocks("python"), ids=["torch-pruning", "training loop", "curvature"]
+)
+def test_python_examples_run_and_prune(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = lenet()
@@ -36,6 +38,9 @@ def test_python_examples_run_and_prune(code, tmp_path, monkeypatch):
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
     }
     exec(code, names)
+    if "coverage" in code:
+        assert "'conv1.weight': 'kron: conv2d'" in capsys.readouterr().out
+        return
     small = names.get("small", model)
     assert sum(p.numel() for p in small.parameters()) < 0.6 * 60_170
     if "small" in names:

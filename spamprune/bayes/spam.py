@@ -207,11 +207,18 @@ class SpaM:
         return [d.log().mean().item() for d in self.prior.precision().values()]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what training changes: the prior's log precisions."""
-        return self.prior.state_dict()
+        """Return what training changes: the prior's log precisions, and the noise if learned."""
+        state = self.prior.state_dict()
+        if isinstance(self.likelihood, Regression):
+            state["noise"] = torch.tensor(self.likelihood.noise, dtype=torch.float64)
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state_dict`."""
+        state = dict(state)
+        noise = state.pop("noise", None)
+        if noise is not None:
+            self.likelihood = Regression(noise.item())
         self.prior.load_state_dict(state)
         self._refresh()
 

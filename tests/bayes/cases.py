@@ -163,6 +163,7 @@ CASES = {
         lambda: nn.Conv2d(4, 4, 2, groups=4, padding="same", dilation=3),
         IMAGES,
     ),
+    "depthwise on a large image": (lambda: nn.Conv2d(4, 4, 3, groups=4), (4, 14, 13)),
     "depthwise on one pixel": (lambda: nn.Conv2d(4, 4, 5, groups=4, padding=2), (4, 1, 1)),
     "depthwise conv1d": (lambda: nn.Conv1d(4, 4, 3, groups=4, padding=1), LINES),
     "conv3d": (lambda: nn.Conv3d(4, 3, (2, 3, 3), padding=1, stride=(1, 2, 1)), VOLUMES),

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from spamprune.bayes.curvature import sketch
+from spamprune.bayes.curvature import exact, kron, sketch
 from spamprune.bayes.curvature.batches import accumulate
 from spamprune.bayes.likelihood import CLASSIFICATION
 from spamprune.errors import PosteriorError
@@ -63,6 +63,15 @@ def work(rank, folder):
         found["twins"] = sketch(network(), shard(0), n_data=16, seed=7).diag["0.weight"]
         with pytest.raises(PosteriorError, match="no batches"):
             sketch(network(), [], n_data=40)
+        found["squares"] = {
+            labels: exact(network(), shard(rank), n_data=40, labels=labels).diag
+            for labels in ("ef", "ggn")
+        }
+        found["lopsided squares"] = exact(network(), shard(0) if rank else [], n_data=16).diag
+        blocks = kron(network(), shard(rank), n_data=40).kron
+        found["factors"] = {n: (b.outputs, b.inputs) for n, b in blocks.items()}
+        with pytest.raises(PosteriorError, match="do not agree"):
+            kron(network(), shard(0) if rank else [], n_data=16)
         torch.save(found, f"{folder}/{rank}")
     finally:
         dist.destroy_process_group()
@@ -82,6 +91,31 @@ def test_totals_and_exact_sums_equal_those_of_one_process(ranks):
         assert found["totals"][1] == alone["totals"][1] == 40
         for name, diag in alone["exact"].items():
             torch.testing.assert_close(found["exact"][name], diag, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("labels", ["ef", "ggn"])
+def test_exact_squares_equal_those_of_one_process(ranks, labels):
+    alone = exact(network(), shard(0) + shard(1), n_data=40, labels=labels)
+    for found in ranks:
+        for name, diag in alone.diag.items():
+            torch.testing.assert_close(found["squares"][labels][name], diag, rtol=1e-12, atol=1e-15)
+
+
+def test_squares_of_a_process_without_data(ranks):
+    alone = exact(network(), shard(0), n_data=16)
+    for found in ranks:
+        for name, diag in alone.diag.items():
+            torch.testing.assert_close(found["lopsided squares"][name], diag)
+
+
+def test_factors_equal_those_of_one_process(ranks):
+    alone = kron(network(), shard(0) + shard(1), n_data=40)
+    for found in ranks:
+        assert found["factors"].keys() == alone.kron.keys()
+        for name, block in alone.kron.items():
+            outputs, inputs = found["factors"][name]
+            torch.testing.assert_close(outputs, block.outputs)
+            torch.testing.assert_close(inputs, block.inputs)
 
 
 def test_samples_count_for_each_process_and_scale_by_all(ranks):

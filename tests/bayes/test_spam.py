@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spamprune.bayes.curvature import CurvatureMethod
+from spamprune.bayes.likelihood import Regression
 from spamprune.bayes.posterior import fit_posterior, load_posterior
 from spamprune.bayes.spam import SpaM
 from spamprune.errors import PosteriorError
@@ -102,7 +104,7 @@ def test_updates_come_when_they_are_due():
     assert SpaM(model, 64, burn_in=None).update(5, loader) is None
 
 
-@pytest.mark.parametrize("update", ["adam", "exact"])
+@pytest.mark.parametrize("update", ["adam", "exact", "mackay"])
 def test_an_update_raises_the_evidence_and_changes_the_penalty(update):
     model, loader = problem()
     spam = SpaM(model, 64, prior="parameterwise", update=update, every=1)
@@ -111,6 +113,84 @@ def test_an_update_raises_the_evidence_and_changes_the_penalty(update):
     assert step is not None
     assert step.after > step.before
     assert spam.penalty().item() != before
+
+
+METHODS = [
+    CurvatureMethod(estimator="exact"),
+    CurvatureMethod(labels="ggn", draws=2),
+    CurvatureMethod(structure="kron"),
+    CurvatureMethod(structure="kron", labels="ggn"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("update", ["adam", "mackay"])
+@pytest.mark.parametrize("prior", ["scalar", "layerwise", "unitwise", "parameterwise"])
+def test_every_prior_goes_with_every_curvature(prior, update, method):
+    model, loader = problem()
+    spam = SpaM(model, 64, prior=prior, update=update, curvature=method, every=1, steps=20)
+    step = spam.update(1, loader)
+    assert step.after > step.before
+    assert set(spam.posterior(loader).precision()) == dict(model.named_parameters()).keys()
+
+
+def test_updates_see_a_part_of_the_data_and_the_posterior_all():
+    model, ((inputs, targets),) = problem()
+    loader = [(inputs[:32], targets[:32]), (inputs[32:], targets[32:])]
+    method = CurvatureMethod(estimator="exact", samples=32)
+    spam = SpaM(model, 64, curvature=method, every=1)
+    first, whole = SpaM(model, 64, every=1), spam.posterior(loader)
+    first.curvature = CurvatureMethod(estimator="exact")
+    spam.update(1, loader)
+    first.update(1, loader[:1])
+    for ours, theirs in zip(spam.prior.factors(), first.prior.factors(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    expected = fit_posterior(model, loader, n_data=64, curvature=CurvatureMethod(estimator="exact"))
+    for name, diag in whole.curvature.diag.items():
+        torch.testing.assert_close(diag, expected.curvature.diag[name])
+
+
+def test_the_noise_of_a_regression_is_learned():
+    """In a linear model the update's fixed point is ``σ² = RSS / (N − γ)``, all in closed form."""
+    torch.manual_seed(0)
+    inputs = torch.randn(200, 3, dtype=torch.float64)
+    targets = inputs @ torch.tensor([[1.0], [-2.0], [0.5]]).double()
+    targets = targets + 0.5 * torch.randn(200, 1, dtype=torch.float64)
+    model = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.linalg.lstsq(inputs, targets).solution.mT)
+    spam = SpaM(
+        model,
+        200,
+        prior="scalar",
+        curvature=CurvatureMethod(labels="ggn", estimator="exact"),
+        likelihood=Regression(4.0),
+        update="mackay",
+        every=1,
+    )
+    for epoch in range(1, 6):
+        spam.update(epoch, [(inputs, targets)])
+    squares = (model(inputs) - targets).square().sum().item()
+    delta = spam.prior.factors()[0].exp().item()
+    curvature = inputs.square().sum(0) / spam.likelihood.noise
+    gamma = (curvature / (curvature + delta)).sum().item()
+    assert spam.likelihood.noise == pytest.approx(squares / (200 - gamma), rel=1e-4)
+    assert spam.likelihood.noise == pytest.approx(0.25, rel=0.3)
+    again = SpaM(model, 200, prior="scalar", likelihood=Regression())
+    again.load_state_dict(spam.state_dict())
+    assert again.likelihood == spam.likelihood
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prior": "unitwise"}, "needs a parameterwise prior"),
+        ({"curvature": CurvatureMethod(structure="kron")}, "needs structure 'diag'"),
+    ],
+)
+def test_the_closed_form_is_refused_where_there_is_none(arguments, message):
+    with pytest.raises(PosteriorError, match=message):
+        SpaM(problem()[0], 64, update="exact", **arguments)
 
 
 def test_a_restored_spam_goes_on_the_same():

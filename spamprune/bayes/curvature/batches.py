@@ -66,6 +66,14 @@ def accumulate(
             "the model has no trainable parameters, so there is no curvature: set requires_grad "
             "on those that it is for"
         )
+    if torch.is_inference_mode_enabled():
+        raise PosteriorError("curvature needs gradients: take it outside torch.inference_mode()")
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            raise PosteriorError(
+                f"{name} is complex, and a posterior is over real numbers: make its real and "
+                "imaginary parts a parameter (torch.view_as_complex), or freeze it"
+            )
     for what, number in (("samples", samples), ("the size of a piece", piece)):
         if number is not None and number < 1:
             raise PosteriorError(f"{what} must be at least 1, not {number}")
@@ -73,12 +81,13 @@ def accumulate(
     loss = torch.zeros((), dtype=torch.float64, device=device)
     seen = size = 0
     with evaluation_mode(model), torch.enable_grad():
-        for inputs, targets in batches:
+        for batch in batches:
+            inputs, targets = _pair(batch)
             if samples is not None:
                 inputs, targets = inputs[: samples - seen], targets[: samples - seen]
             if len(inputs) == 0:
                 continue
-            inputs, targets = inputs.to(device), targets.to(device)
+            inputs, targets = inputs.detach().to(device), targets.detach().to(device)
             if seen == 0:
                 fitting = budget // max(examine(model, likelihood, inputs, targets), 1)
                 size = max(1, fitting if piece is None else min(piece, fitting))
@@ -96,6 +105,17 @@ def accumulate(
     return Totals(loss.item(), int(count))
 
 
+def _pair(batch: object) -> tuple[Tensor, Tensor]:
+    """Return the inputs and targets of a batch."""
+    if isinstance(batch, (list, tuple)) and [isinstance(x, Tensor) for x in batch] == [True, True]:
+        return batch[0], batch[1]
+    kinds = ", ".join(type(x).__name__ for x in batch) if isinstance(batch, (list, tuple)) else ""
+    raise PosteriorError(
+        f"a batch must be a pair of tensors, inputs and targets, not a {type(batch).__name__}"
+        f"{f' of {kinds}' if kinds else ''}: give a loader that yields such pairs"
+    )
+
+
 def doubled(inputs: Tensor) -> Tensor:
     """Return a batch of one twice over, any other as it is.
 
@@ -109,7 +129,7 @@ def examine(model: nn.Module, likelihood: Likelihood, inputs: Tensor, targets: T
     """Check on up to three samples that each one's loss is its own, and measure their forward pass.
 
     The model must be in evaluation mode already. One sample is replaced by another: the losses of
-    the rest must not move beyond rounding.
+    the rest must not move beyond rounding. A single sample is taken twice over.
 
     Returns:
         Bytes that the forward pass keeps for the backward pass, per sample. Parameters, buffers and
@@ -118,7 +138,7 @@ def examine(model: nn.Module, likelihood: Likelihood, inputs: Tensor, targets: T
     Raises:
         PosteriorError: Samples are not independent, or the likelihood does not give one loss each.
     """
-    inputs, targets = inputs[:3], targets[:3]
+    inputs, targets = doubled(inputs[:3]), doubled(targets[:3])
     given = (*model.parameters(), *model.buffers(), inputs, targets)
     there_anyway = {tensor.untyped_storage().data_ptr() for tensor in given}
     kept: dict[int, int] = {}
@@ -130,20 +150,25 @@ def examine(model: nn.Module, likelihood: Likelihood, inputs: Tensor, targets: T
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = likelihood.losses(model(inputs), targets)
+        outputs = model(inputs)
+        if not isinstance(outputs, Tensor):
+            raise PosteriorError(
+                f"the model returns a {type(outputs).__name__}, and curvature needs one tensor: "
+                "wrap the model in a module that returns only what the loss is of"
+            )
+        losses = likelihood.losses(outputs, targets)
     if losses.shape != targets.shape[:1]:
         raise PosteriorError(
             f"the likelihood gave losses {tuple(losses.shape)} for {len(targets)} samples: it must "
             "give one for each, summed over the sample's outputs and not over the samples"
         )
-    if len(inputs) > 1:
-        replaced = torch.arange(len(inputs), device=inputs.device)
-        replaced[1] = 0
-        with torch.no_grad():
-            again = likelihood.losses(model(inputs[replaced]), targets[replaced])
-        others = replaced == torch.arange(len(inputs), device=inputs.device)
-        if not _agree(losses.detach()[others], again[others]):
-            raise PosteriorError(_coupling(model))
+    replaced = torch.arange(len(inputs), device=inputs.device)
+    replaced[1] = 0
+    # with gradients: a model may take some itself, as those of an energy do
+    again = likelihood.losses(model(inputs[replaced]), targets[replaced]).detach()
+    others = replaced == torch.arange(len(inputs), device=inputs.device)
+    if not _agree(losses.detach()[others], again[others]):
+        raise PosteriorError(_coupling(model))
     return sum(kept.values()) // len(inputs)
 
 

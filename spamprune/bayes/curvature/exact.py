@@ -81,7 +81,8 @@ def exact(
         return sums.add_batch(model, inputs, targets, directions)
 
     seen = accumulate(model, batches, step, likelihood=likelihood, samples=samples, budget=budget)
-    assert sums is not None
+    if sums is None:  # this process has no data
+        sums = Squares(parameters, Plan())
     sum_over_processes(list(sums.totals.values()))
     scale = n_data / seen.seen
     return Curvature(
@@ -128,19 +129,26 @@ class Squares:
     ) -> Tensor:
         """Add a batch and return its summed loss."""
         forward = self.forward(model, inputs)
-        losses = directions.likelihood.losses(forward.outputs, targets)
-        for objective, gradient, last in directions.of(forward.outputs, losses, targets):
-            forward.backward(objective, gradient, last=last)
+        try:
+            losses = directions.likelihood.losses(forward.outputs, targets)
+            for objective, gradient, last in directions.of(forward.outputs, losses, targets):
+                forward.backward(objective, gradient, last=last)
+                self.finish()
+        finally:
+            forward.close()
         self._add_loops(model, inputs, targets, directions)
         return losses.detach().sum()
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Pass:
         """Return the forward pass of a batch, whose backward passes add to the totals."""
+        given = model, inputs, self._parameters, self._plan, self.receive
+        if self._prepared:
+            return Pass(*given)
         terms: list[Term] = []
-        forward = Pass(model, inputs, self._parameters, self._plan, self.receive, terms.append)
-        if not self._prepared:
-            self.prepare(terms)
-            self._prepared = True
+        forward = Pass(*given, terms.append)
+        self.prepare(terms)
+        self._prepared = True
+        terms.clear()  # they hold the activations
         return forward
 
     def prepare(self, terms: list[Term]) -> None:
@@ -170,11 +178,17 @@ class Squares:
         component = self._shared[name]
         component.arrived.append((term, gradient))
         if len(component.arrived) == component.expected:
-            arrived, component.arrived = component.arrived, []
-            self._add_shared(component.names, arrived)
+            self._add_shared(component)
 
-    def _add_shared(self, names: tuple[str, ...], arrived: list[tuple[Term, Tensor]]) -> None:
-        parameters = {name: self._parameters[name] for name in names}
+    def finish(self) -> None:
+        """Add what waits for terms that a backward pass did not reach: their gradients are zero."""
+        for component in self._shared.values():
+            if component.arrived:
+                self._add_shared(component)
+
+    def _add_shared(self, component: _Shared) -> None:
+        arrived, component.arrived = component.arrived, []
+        parameters = {name: self._parameters[name] for name in component.names}
         sizes = [p.numel() for p in parameters.values()]
         sizes += [term.target.numel() for term, _ in arrived]
         sizes += [x[0].numel() for term, gradient in arrived for x in (gradient, *term.data)]
@@ -192,7 +206,7 @@ class Squares:
     def _add_loops(
         self, model: nn.Module, inputs: Tensor, targets: Tensor, directions: Directions
     ) -> None:
-        names = sorted(self._plan.loops)
+        names = sorted(self._plan.loops & self.totals.keys())
         if not names:
             return
         parameters = [self._parameters[name] for name in names]
@@ -200,7 +214,7 @@ class Squares:
         for row in rows:
             for name, gradient in zip(names, row, strict=True):
                 if gradient is not None:
-                    gradient = at_least_single(gradient)
+                    gradient = at_least_single(gradient.to_dense())
                     self.totals[name].addcmul_(gradient, gradient)
 
     def how(self) -> dict[str, str]:
@@ -275,17 +289,19 @@ def checked_plan(
         forward = sums.forward(model, x)
         losses = likelihood.losses(forward.outputs, y)
         forward.backward(losses[:_CHECKED].sum(), last=True)
-        scales = {name: total.max() for name, total in sums.totals.items()}
+        forward.close()
+        sums.finish()
+        scales = {name: total.max() for name, total in sums.totals.items() if total.numel()}
         for row in single_gradients(model, *first, list(parameters.values()), fisher):
             for name, gradient in zip(parameters, row, strict=True):
                 if gradient is not None:
-                    gradient = at_least_single(gradient)
+                    gradient = at_least_single(gradient.to_dense())
                     sums.totals[name].addcmul_(gradient, gradient, value=-1)
     largest = max(scales.values())
     loops = set(plan.loops)
-    for name, difference in sums.totals.items():
+    for name, scale in scales.items():
         eps = torch.finfo(parameters[name].dtype).eps
-        rounding = min(0.2, 30 * eps**0.5) * scales[name] + (100 * eps) ** 2 * largest
-        if not difference.abs().max() <= rounding:
+        rounding = min(0.2, 30 * eps**0.5) * scale + (100 * eps) ** 2 * largest
+        if not sums.totals[name].abs().max() <= rounding:
             loops.add(name)
-    return Plan(plan.uses, frozenset(loops))
+    return plan.without(frozenset(loops))

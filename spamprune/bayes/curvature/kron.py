@@ -9,14 +9,19 @@ uses taken for further positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spamprune.bayes.curvature.base import Curvature, Labels, Rest
-from spamprune.bayes.curvature.batches import DEFAULT_BUDGET, accumulate, sum_over_processes
+from spamprune.bayes.curvature.batches import (
+    DEFAULT_BUDGET,
+    accumulate,
+    processes,
+    sum_over_processes,
+)
 from spamprune.bayes.curvature.blocks import Kronecker
 from spamprune.bayes.curvature.directions import Directions, generator_of
 from spamprune.bayes.curvature.exact import Squares, checked_plan
@@ -26,6 +31,7 @@ from spamprune.bayes.curvature.rules import MatrixRule, Shift
 from spamprune.bayes.curvature.squares import COLUMNS, at_least_single, slices
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
+from spamprune.errors import PosteriorError
 
 #: Side of the blocks in which the symmetric matrix of the inputs is computed.
 _BLOCK = 256
@@ -75,7 +81,8 @@ def kron(
         return factors.add_batch(model, inputs, targets, directions)
 
     seen = accumulate(model, batches, step, likelihood=likelihood, samples=samples, budget=budget)
-    assert factors is not None
+    if factors is None:  # this process has no data
+        factors = Factors(parameters, Plan(), rest)
     factors.sum_over_processes()
     scale = n_data / seen.seen
     blocks = factors.blocks(scale)
@@ -99,9 +106,10 @@ class Factors(Squares):
         super().__init__(parameters, plan)
         self._rest = rest
         self._outputs: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
+        # upper triangles, apart where images of several sizes leave out different inputs
+        self._inputs: dict[tuple[str, MatrixRule], Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
-        self._restore: dict[str, Callable[[Tensor], Tensor]] = {}
         self._names: set[str] = set()
         self._with_inputs: set[int] = set()
         self._latest: tuple[Tensor, Tensor] | None = None
@@ -162,18 +170,32 @@ class Factors(Squares):
             rows, columns = rule.matrices(*pair, together=True)
             outputs = outputs + rows @ rows.mT
             if first:
-                _add_outer(self._inputs, name, columns)
+                _add_outer(self._inputs, (name, rule), columns)
                 self._positions[name] = self._positions.get(name, 0) + columns.shape[-1]
-                self._restore[name] = rule.restore
         _add(self._outputs, name, outputs)
         return outputs
 
     def sum_over_processes(self) -> None:
-        """Add what the other processes saw."""
+        """Add what the other processes saw.
+
+        Raises:
+            PosteriorError: Not all of them found the same parameters to have factors.
+        """
+        device = next(iter(self._parameters.values())).device
+        found = torch.tensor([float(n in self._outputs) for n in self._parameters], device=device)
+        sum_over_processes([found])
+        if not ((found == 0) | (found == processes())).all():
+            raise PosteriorError(
+                "the processes do not agree on which parameters have Kronecker factors: each needs "
+                "data of its own, of the same kind"
+            )
+        for name, rule in list(self._inputs):
+            upper = self._inputs.pop((name, rule))
+            _add(self._whole, name, _mirrored(upper, rule))
         names = sorted(self._positions)
-        counts = torch.tensor([float(self._positions[name]) for name in names])
-        counts = counts.to(next(iter(self._parameters.values())).device)
-        tensors = [totals[n] for totals in (self._outputs, self._inputs) for n in sorted(totals)]
+        counts = torch.tensor([self._positions[n] for n in names], dtype=torch.float64)
+        counts = counts.to(device)
+        tensors = [totals[n] for totals in (self._outputs, self._whole) for n in sorted(totals)]
         sum_over_processes([*self.totals.values(), *tensors, counts])
         self._positions = {n: int(c) for n, c in zip(names, counts.tolist(), strict=True)}
 
@@ -182,16 +204,11 @@ class Factors(Squares):
         return {
             name: Kronecker(
                 outputs * scale,
-                self._mean_inputs(name) if name in self._inputs else None,
+                self._whole[name] / self._positions[name] if name in self._whole else None,
                 tuple(self._parameters[name].shape),
             )
             for name, outputs in self._outputs.items()
         }
-
-    def _mean_inputs(self, name: str) -> Tensor:
-        """Mirror the upper triangle, and fill in the inputs that are always zero."""
-        upper, restore = self._inputs[name] / self._positions[name], self._restore[name]
-        return restore(restore(upper.triu() + upper.triu(1).mT).mT)
 
     def how(self) -> dict[str, str]:
         """Return, for each parameter, in words, how its curvature was got."""
@@ -199,14 +216,21 @@ class Factors(Squares):
         return words | {name: words[name].replace("exact", "kron") for name in self._outputs}
 
 
-def _add_outer(totals: dict[str, Tensor], name: str, columns: Tensor) -> None:
+def _mirrored(upper: Tensor, rule: MatrixRule) -> Tensor:
+    """Mirror an upper triangle, and fill in the inputs that are always zero."""
+    return rule.restore(rule.restore(upper.triu() + upper.triu(1).mT).mT)
+
+
+def _add_outer(
+    totals: dict[tuple[str, MatrixRule], Tensor], key: tuple[str, MatrixRule], columns: Tensor
+) -> None:
     """Add ``columns columnsᵀ``, of large matrices only the blocks at and above the diagonal."""
     groups, features, _ = columns.shape
-    if name not in totals:
-        totals[name] = columns.new_zeros(groups, features, features)
+    if key not in totals:
+        totals[key] = columns.new_zeros(groups, features, features)
     for start in range(0, features, _BLOCK):
         rows = slice(start, start + _BLOCK)
-        here = totals[name][:, rows, start:]
+        here = totals[key][:, rows, start:]
         here.baddbmm_(columns[:, rows], columns[:, start:].mT)
 
 

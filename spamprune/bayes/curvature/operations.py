@@ -291,7 +291,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Found:
-    if not enable_gqa:
+    if not enable_gqa and isinstance(attn_mask, Tensor) and out.is_pure(attn_mask):
         out.broadcast(attn_mask.shape)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         yield attn_mask, AttentionBias(out.axis, attn_mask, scale), (query, key, value)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from spamprune.bayes.curvature.layout import find_layout
 from spamprune.bayes.curvature.operations import terms_of
-from spamprune.bayes.curvature.passes import Plan, PlannedUse
-from spamprune.bayes.curvature.rules import Local
+from spamprune.bayes.curvature.passes import Plan, PlannedUse, origins_of
+from spamprune.bayes.curvature.squares import sum_of_squares
 from spamprune.bayes.curvature.trace import Recorder, Use
 from spamprune.errors import PosteriorError
 
@@ -25,16 +26,14 @@ def jittered(parameters: Mapping[str, Tensor], seed: int = 0) -> Iterator[None]:
     """Add noise to parameters and take it off again: zeros would hide what lies behind them."""
     kept = {name: p.detach().clone() for name, p in parameters.items()}
     try:
-        with torch.no_grad():
-            for i, p in enumerate(parameters.values()):
-                generator = torch.Generator(device=p.device).manual_seed(seed + i)
-                noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
-                p.add_(noise, alpha=0.02)
+        for i, p in enumerate(parameters.values()):
+            generator = torch.Generator(device=p.device).manual_seed(seed + i)
+            noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+            p.data.add_(noise, alpha=0.02)  # .data: graphs that hold p may still go backward
         yield
     finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(kept[name])
+        for name, p in parameters.items():
+            p.data.copy_(kept[name])
 
 
 def few(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,9 +53,9 @@ def probe(model: nn.Module, inputs: Tensor, parameters: Mapping[str, Tensor]) ->
     Raises:
         PosteriorError: The model's operations depend on the data.
     """
-    before = _uses(model, inputs, parameters)
-    after = _uses(model, _with_one_changed(inputs), parameters)
-    if [use.name for use in before] != [use.name for use in after]:
+    before, repeats = _uses(model, inputs, parameters)
+    after, _ = _uses(model, _with_one_changed(inputs), parameters)
+    if [(u.name, origins_of(u)) for u in before] != [(u.name, origins_of(u)) for u in after]:
         raise PosteriorError(
             "the model calls other operations when its input changes: use estimator 'sketch', "
             "which does not follow operations"
@@ -66,15 +65,17 @@ def probe(model: nn.Module, inputs: Tensor, parameters: Mapping[str, Tensor]) ->
         plan = _plan(use, other, len(inputs))
         planned.append(plan)
         if plan.output is None:
-            loops |= {name for _, names in use.pure for name in names}
-    return Plan(tuple(planned), frozenset(loops))
+            loops |= {name for names in plan.origins for name in names}
+    return Plan(tuple(planned), frozenset(loops), tuple(repeats))
 
 
-def _uses(model: nn.Module, inputs: Tensor, parameters: Mapping[str, Tensor]) -> list[Use]:
+def _uses(
+    model: nn.Module, inputs: Tensor, parameters: Mapping[str, Tensor]
+) -> tuple[list[Use], list[bool]]:
     uses: list[Use] = []
-    with Recorder(parameters, inputs, uses.append):
+    with Recorder(parameters, inputs, uses.append) as recorder:
         model(inputs)
-    return uses
+    return uses, recorder.repeats
 
 
 def _with_one_changed(inputs: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def _with_one_changed(inputs: Tensor) -> Tensor:
 
 
 def _plan(use: Use, other: Use, samples: int) -> PlannedUse:
-    skipped = PlannedUse(use.name, None, ())
+    skipped = PlannedUse(use.name, origins_of(use))
     if not isinstance(use.output, Tensor) or len(use.data) != len(other.data):
         return skipped
     output = find_layout(use.output, other.output, samples, _CHANGED)
@@ -98,13 +99,17 @@ def _plan(use: Use, other: Use, samples: int) -> PlannedUse:
     found = tuple(layout for layout in data if layout is not None)
     if output is None or len(found) < len(data):
         return skipped
-    terms = terms_of(use, samples, output, found)
-    if terms is None:
+    try:
+        terms = terms_of(use, samples, output, found)
+        if terms is None:
+            return skipped
+        with torch.no_grad():
+            like_gradient = output.split(use.output, samples)[:1]
+            for term in terms:
+                first = tuple(x[:1] for x in term.data)
+                sum_of_squares(term.rule, like_gradient, first, term.target.numel())
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # called with arguments that its rule does not know, or needs a whole batch
         return skipped
-    for term in terms:
-        if isinstance(term.rule, Local):
-            try:
-                term.rule.per_sample(output.split(use.output.detach(), samples), *term.data)
-            except RuntimeError:  # the operation needs the whole batch
-                return skipped
-    return PlannedUse(use.name, output, found)
+    return replace(skipped, output=output, data=found)

@@ -95,10 +95,13 @@ def sketch(
 
     def consume(index: int, gradient: Tensor) -> Tensor:
         """Take a gradient as soon as it is there, and leave nothing of its size behind."""
-        sums[index].addcmul_(gradient, gradient, value=share)
-        squares = _sample(gradient).square()
+        dense = gradient.to_dense()  # an embedding's may be sparse
+        sums[index].addcmul_(dense, dense, value=share)
+        squares = _sample(dense).square()
         fourths[index] = squares.dot(squares)
         used[index] = 1.0
+        if gradient.is_sparse:
+            return torch.zeros_like(gradient)
         return gradient.new_zeros(()).expand_as(gradient)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:

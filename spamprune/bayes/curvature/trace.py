@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,14 +82,25 @@ class Recorder(TorchFunctionMode):
         parameters: The parameters of interest, by name; all others count as constants.
         inputs: The model's input, a batch.
         on_use: Called after each use, before anything can change its output in place.
+        repeats: What :attr:`repeats` was in another pass; by default sizes tell.
+
+    Attributes:
+        repeats: Of each broadcast of a tensor without samples, in the order of the calls, whether
+            it repeats the tensor for each sample.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], inputs: Tensor, on_use: Callable[[Use], None]
+        self,
+        parameters: Mapping[str, Tensor],
+        inputs: Tensor,
+        on_use: Callable[[Use], None],
+        repeats: Iterable[bool] | None = None,
     ):
         super().__init__()
         self._on_use = on_use
         self._samples = len(inputs)
+        self.repeats: list[bool] = []
+        self._told = None if repeats is None else iter(repeats)
         self._origins = {id(p): frozenset([name]) for name, p in parameters.items()}
         self._derived: list[Tensor] = []  # kept alive, so that their ids stay theirs
         self._data: dict[int, weakref.ref[Tensor]] = {}
@@ -127,30 +138,32 @@ class Recorder(TorchFunctionMode):
         results = list(tensors_in(output))
         if not results:
             return output
-        if pure and (data or self._repeats(name, given, results[0])):
-            origins = tuple({id(t): (t, self._origins[id(t)]) for t in pure}.values())
-            if any(t.requires_grad for t in results):
+        of_samples = data or self._repeats(name, given, results[0])
+        if of_samples:
+            if pure and any(t.requires_grad for t in results):
+                origins = tuple({id(t): (t, self._origins[id(t)]) for t in pure}.values())
                 self._on_use(Use(name, func, args, kwargs, output, origins, data))
+            for result in results:
+                self._mark(result)
         elif pure:
             origin = frozenset().union(*(self._origins[id(t)] for t in pure))
             for result in results:
                 if result.requires_grad and id(result) not in self._origins:
                     self._origins[id(result)] = origin
                     self._derived.append(result)
-        elif data or self._repeats(name, given, results[0]):
-            for result in results:
-                self._mark(result)
         return output
 
     def _repeats(self, name: str, given: list[Tensor], result: Tensor) -> bool:
         """Return whether a tensor without samples is repeated here once for each sample."""
         if name not in _BROADCASTS:
             return False
-        source = (1,) * (result.dim() - given[0].dim()) + given[0].shape
-        return any(
-            after == self._samples and before == 1
-            for before, after in zip(source, result.shape, strict=True)
-        )
+        if self._told is not None:  # in a batch of any size another axis may have that size too
+            self.repeats.append(next(self._told, False))
+        else:
+            source = (1,) * (result.dim() - given[0].dim()) + given[0].shape
+            sizes = zip(source, result.shape, strict=True)
+            self.repeats.append(any(n == 1 and after == self._samples for n, after in sizes))
+        return self.repeats[-1]
 
 
 def in_place(name: str) -> bool:
