@@ -42,6 +42,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "kron": {"curvature": {"structure": "kron", "samples": 10000}},
     "kron ggn": {"curvature": {"structure": "kron", "labels": "ggn", "draws": 1, "samples": 10000}},
     "every epoch": {"evidence": {"every": 1, "steps": 20}, "curvature": {"samples": 10000}},
+    "every epoch, 2000 samples": {
+        "evidence": {"every": 1, "steps": 20},
+        "curvature": {"samples": 2000},
+    },
     "every 10": {"evidence": {"every": 10}, "curvature": {"samples": 10000}},
     "last at half": {"evidence": {"last": 0.5}, "curvature": {"samples": 10000}},
     "closed form": {"evidence": {"update": "exact"}, "curvature": {"samples": 10000}},

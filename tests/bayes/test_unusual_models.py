@@ -218,6 +218,7 @@ def test_a_batch_that_is_no_pair_is_refused(batch, estimator):
 @pytest.mark.parametrize("size", [1, 6])
 @pytest.mark.parametrize("estimator", [exact, kron, sketch])
 def test_random_numbers_are_refused_at_any_batch_size(estimator, size):
+    torch.manual_seed(0)  # four features may by chance be dropped alike
     inputs, targets = data(6, 4)
     batches = list(zip(inputs.split(size), targets.split(size), strict=True))
     with pytest.raises(PosteriorError, match="draws random numbers"):
