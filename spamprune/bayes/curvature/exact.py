@@ -10,8 +10,10 @@ on a few samples of the data before the pass begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from spamprune.bayes.curvature.base import Curvature, Labels
 from spamprune.bayes.curvature.batches import (
     DEFAULT_BUDGET,
+    Totals,
     accumulate,
     doubled,
     sum_over_processes,
@@ -27,7 +30,7 @@ from spamprune.bayes.curvature.directions import Directions, generator_of
 from spamprune.bayes.curvature.operations import Term
 from spamprune.bayes.curvature.passes import Pass, Plan
 from spamprune.bayes.curvature.probe import few, jittered, probe
-from spamprune.bayes.curvature.squares import at_least_single, slices, sum_of_squares
+from spamprune.bayes.curvature.squares import at_least_single, slices, sum_of_squares, zero_total
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 
@@ -35,6 +38,8 @@ from spamprune.bayes.parameters import named_parameters
 _SHARED = 2**26
 #: Samples whose gradients are checked one by one.
 _CHECKED = 2
+
+SomeSquares = TypeVar("SomeSquares", bound="Squares")
 
 
 def exact(
@@ -72,17 +77,9 @@ def exact(
     """
     parameters = named_parameters(model)
     directions = Directions(labels, likelihood, draws, generator_of(model, seed))
-    sums: Squares | None = None
-
-    def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        nonlocal sums
-        if sums is None:
-            sums = Squares(parameters, checked_plan(model, inputs, targets, parameters, likelihood))
-        return sums.add_batch(model, inputs, targets, directions)
-
-    seen = accumulate(model, batches, step, likelihood=likelihood, samples=samples, budget=budget)
-    if sums is None:  # this process has no data
-        sums = Squares(parameters, Plan())
+    sums, seen = summed(
+        model, batches, parameters, partial(Squares, parameters), directions, samples, budget
+    )
     sum_over_processes(list(sums.totals.values()))
     scale = n_data / seen.seen
     return Curvature(
@@ -93,6 +90,29 @@ def exact(
         estimator="exact",
         how=sums.how(),
     )
+
+
+def summed(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    parameters: Mapping[str, Tensor],
+    build: Callable[[Plan], SomeSquares],
+    directions: Directions,
+    samples: int | None,
+    budget: int,
+) -> tuple[SomeSquares, Totals]:
+    """Return this process's sums over the data, built from a checked plan, and what was seen."""
+    sums: SomeSquares | None = None
+    likelihood = directions.likelihood
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal sums
+        if sums is None:
+            sums = build(checked_plan(model, inputs, targets, parameters, likelihood))
+        return sums.add_batch(model, inputs, targets, directions)
+
+    seen = accumulate(model, batches, step, likelihood=likelihood, samples=samples, budget=budget)
+    return sums or build(Plan()), seen  # a process without data has sums of nothing
 
 
 @dataclass
@@ -113,9 +133,7 @@ class Squares:
 
     def __init__(self, parameters: Mapping[str, Tensor], plan: Plan):
         self._parameters, self._plan = parameters, plan
-        self.totals = {
-            name: torch.zeros_like(at_least_single(p.detach())) for name, p in parameters.items()
-        }
+        self.totals = {name: zero_total(p) for name, p in parameters.items()}
         self._prepared = False
         self._shared: dict[str, _Shared] = {}
         self._operations: dict[str, set[str]] = {name: set() for name in parameters}

@@ -10,6 +10,7 @@ uses taken for further positions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,12 @@ from torch import Tensor, nn
 from spamprune.bayes.curvature.base import Curvature, Labels, Rest
 from spamprune.bayes.curvature.batches import (
     DEFAULT_BUDGET,
-    accumulate,
     processes,
     sum_over_processes,
 )
 from spamprune.bayes.curvature.blocks import Kronecker
 from spamprune.bayes.curvature.directions import Directions, generator_of
-from spamprune.bayes.curvature.exact import Squares, checked_plan
+from spamprune.bayes.curvature.exact import Squares, summed
 from spamprune.bayes.curvature.operations import Term
 from spamprune.bayes.curvature.passes import Plan
 from spamprune.bayes.curvature.rules import MatrixRule, Shift
@@ -71,18 +71,8 @@ def kron(
     """
     parameters = named_parameters(model)
     directions = Directions(labels, likelihood, draws, generator_of(model, seed))
-    factors: Factors | None = None
-
-    def step(inputs: Tensor, targets: Tensor) -> Tensor:
-        nonlocal factors
-        if factors is None:
-            plan = checked_plan(model, inputs, targets, parameters, likelihood)
-            factors = Factors(parameters, plan, rest)
-        return factors.add_batch(model, inputs, targets, directions)
-
-    seen = accumulate(model, batches, step, likelihood=likelihood, samples=samples, budget=budget)
-    if factors is None:  # this process has no data
-        factors = Factors(parameters, Plan(), rest)
+    build = partial(Factors, parameters, rest=rest)
+    factors, seen = summed(model, batches, parameters, build, directions, samples, budget)
     factors.sum_over_processes()
     scale = n_data / seen.seen
     blocks = factors.blocks(scale)

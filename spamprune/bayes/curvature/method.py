@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -86,45 +87,20 @@ def fit_curvature(
     Raises:
         PosteriorError: The method cannot be used on this model or these data.
     """
+    common: dict[str, Any] = {
+        "n_data": n_data,
+        "labels": method.labels,
+        "samples": method.samples,
+    }
     if method.chosen == "asdl":
         from spamprune.bayes.curvature.asdl import asdl_curvature
 
         if likelihood != CLASSIFICATION:
             raise PosteriorError("asdl knows plain classification only: use estimator 'exact'")
-        return asdl_curvature(
-            model, batches, n_data=n_data, labels=method.labels, samples=method.samples
-        )
+        return asdl_curvature(model, batches, **common)
+    common |= {"likelihood": likelihood, "seed": seed}
     if method.structure == "kron":
-        return kron(
-            model,
-            batches,
-            n_data=n_data,
-            labels=method.labels,
-            likelihood=likelihood,
-            samples=method.samples,
-            draws=method.draws,
-            rest=method.rest,
-            seed=seed,
-        )
+        return kron(model, batches, draws=method.draws, rest=method.rest, **common)
     if method.chosen == "exact":
-        return exact(
-            model,
-            batches,
-            n_data=n_data,
-            labels=method.labels,
-            likelihood=likelihood,
-            samples=method.samples,
-            draws=method.draws,
-            seed=seed,
-        )
-    return sketch(
-        model,
-        batches,
-        n_data=n_data,
-        labels=method.labels,
-        likelihood=likelihood,
-        samples=method.samples,
-        draws=method.draws or 1,
-        group=method.group,
-        seed=seed,
-    )
+        return exact(model, batches, draws=method.draws, **common)
+    return sketch(model, batches, draws=method.draws or 1, group=method.group, **common)

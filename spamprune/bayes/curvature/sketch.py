@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spamprune.bayes.curvature.base import Curvature, Labels
 from spamprune.bayes.curvature.batches import accumulate, doubled, sum_over_processes
 from spamprune.bayes.curvature.directions import generator_of
+from spamprune.bayes.curvature.squares import zero_total
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
@@ -86,7 +87,7 @@ def sketch(
     weights = list(parameters.values())
     device = device_of(model)
     generator = generator_of(model, seed)
-    sums = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in weights]
+    sums = [zero_total(p) for p in weights]
     # for each tensor: its variance, summed over some elements, and whether it had a gradient
     variances = torch.zeros(len(weights), dtype=torch.float64, device=device)
     fourths = [variances.new_zeros(())] * len(weights)
@@ -156,11 +157,6 @@ def sketch(
         },
         error=errors,
     )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the type to sum in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _signs(size: int, draws: int, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,12 @@ def at_least_single(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def zero_total(parameter: Tensor) -> Tensor:
+    """Return a total to sum a parameter's squares in: float32, or float64 for float64."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+
+
 def slices(samples: int, bytes_per_sample: int, budget: int) -> list[slice]:
     """Cut ``samples`` into slices that fit a budget of bytes, of one sample at least."""
     step = max(1, budget // max(1, bytes_per_sample))
