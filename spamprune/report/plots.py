@@ -269,13 +269,14 @@ def _accuracy_axis(axes: Axes) -> None:
 
 
 def _callout(axes: Axes, x: float, y: float, text: str) -> None:
-    """Point at the best network and say how much smaller it is."""
+    """Point at the best network and say how much smaller it is, towards the axes' middle."""
+    low, high = axes.get_xlim()
     axes.annotate(
         text,
         (x, y),
         (0, 30),
         textcoords="offset points",
-        ha="center",
+        ha="left" if x * x < low * high else "right",  # the axis is logarithmic
         fontweight="bold",
         arrowprops={"arrowstyle": "-", "color": INK, "lw": 0.8, "shrinkB": 4},
     )
