@@ -29,6 +29,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _string(dumper: _Dumper, value: str) -> yaml.Node:
+    """Quote and escape line breaks other than \\n, which a reader would fold into spaces."""
+    style = '"' if any(c in value for c in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar(_TAG + "str", value, style)
+
+
+_Dumper.add_representer(str, _string)
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(_TAG + "float", _EXPONENT, list("-+.0123456789"))
 

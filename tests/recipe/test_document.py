@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from spamprune.errors import RecipeError
@@ -27,6 +27,8 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
+@example("\x85")
+@example("a\u2028b\u2029")
 def test_what_is_written_reads_back_with_the_same_types(value: Any) -> None:
     data = read(write(value)).data
     assert data == value
