@@ -30,7 +30,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _string(dumper: _Dumper, value: str) -> yaml.Node:
-    """Quote and escape line breaks other than \\n, which a reader would fold into spaces."""
+    r"""Quote and escape line breaks other than \\n, which a reader would fold into spaces."""
     style = '"' if any(c in value for c in "\x85\u2028\u2029") else None
     return dumper.represent_scalar(_TAG + "str", value, style)
 
