@@ -35,7 +35,8 @@ def _without_dispatch(function: Any) -> Callable[..., Any]:
     return copy
 
 
-_COMPOSITES: dict[Any, Callable[..., Any]] = {
+#: Composite functions whose inner operations a mode can see.
+COMPOSITES: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: _without_dispatch(F.multi_head_attention_forward)
 }
 
@@ -121,9 +122,9 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if func in _COMPOSITES:
+        if func in COMPOSITES:
             with self:
-                return _COMPOSITES[func](*args, **kwargs)
+                return COMPOSITES[func](*args, **kwargs)
         given = [*tensors_in(args), *tensors_in(kwargs)]
         pure = [t for t in given if id(t) in self._origins]
         data = tuple(t for t in given if self._is_data(t))

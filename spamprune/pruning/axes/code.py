@@ -1,0 +1,198 @@
+"""What Python code says of sizes: which attribute, number or other size it gives to an operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from spamprune.bayes.curvature.trace import COMPOSITES
+from spamprune.pruning.axes.axis import Axis, concat, cut, factor, leaves
+from spamprune.pruning.axes.logits import Logits
+from spamprune.pruning.axes.sizes import Size, expression_of
+
+if TYPE_CHECKING:
+    from spamprune.pruning.axes.trace import _Recorder
+
+_Sites = dict[str, Callable[["Code", tuple[Any, ...], dict[str, Any], Any], None]]
+
+
+class Code(TorchFunctionMode):
+    """Sees every torch function as it is called and tells the recorder of sizes and attention."""
+
+    def __init__(self, recorder: _Recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func in COMPOSITES:
+            with self:
+                return COMPOSITES[func](*args, **kwargs)
+        if func is _SHAPE or func is torch.Tensor.size:
+            return self._shape(func(*args, **kwargs), args[0])
+        result = func(*args, **kwargs)
+        site = _SITES.get(getattr(func, "__name__", ""))
+        if site is not None:
+            site(self, args, kwargs, result)
+        return result
+
+    def _shape(self, shape: Any, tensor: Tensor) -> Any:
+        """Return a shape whose sizes remember their axes."""
+        if not self.recorder.knows(tensor):
+            return shape
+        axes = self.recorder.axes(tensor)
+        if isinstance(shape, int):
+            return Size(shape, next(a for a in axes if a.size == shape))
+        return torch.Size([Size(n, a) for n, a in zip(shape, axes, strict=True)])
+
+    def bind(self, sizes: Sequence[Any], axes: Sequence[Axis]) -> None:
+        """Note which axis each size must equal; -1 is left to torch."""
+        for size, axis in zip(sizes, axes, strict=False):
+            if isinstance(size, int) and size >= 0:
+                self.recorder.bind(expression_of(size), axis)
+
+
+_SHAPE = torch.Tensor.shape.__get__
+
+
+def _flat(sizes: Sequence[Any]) -> Sequence[Any]:
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        return sizes[0]
+    return sizes
+
+
+def _layout(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    sizes = _flat(args[1:]) or kwargs.get("shape") or kwargs.get("size") or ()
+    if isinstance(result, Tensor) and all(isinstance(s, int) for s in sizes):
+        code.bind(sizes, code.recorder.axes(result)[-len(sizes) :] if sizes else [])
+
+
+def _creation(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    _layout(code, (None, *args), kwargs, result)
+
+
+def _unflatten(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    dim = args[1] if len(args) > 1 else kwargs["dim"]
+    sizes = args[2] if len(args) > 2 else kwargs["sizes"]
+    dim %= args[0].dim()
+    code.bind(sizes, code.recorder.axes(result)[dim : dim + len(sizes)])
+
+
+def _split(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    names = ("split_size", "split_size_or_sections", "split_sizes")
+    sizes = args[1] if len(args) > 1 else next(kwargs[n] for n in names if n in kwargs)
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    axes = [code.recorder.axes(part)[dim] for part in result]
+    if isinstance(sizes, int):
+        axes = [axis for axis in axes if axis.size == sizes]
+        sizes = [sizes] * len(axes)
+    code.bind(sizes, axes)
+
+
+def _narrow(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    given = dict(zip(("input", "dim", "start", "length"), args, strict=False)) | kwargs
+    _interval(
+        code,
+        code.recorder.axes(args[0])[given["dim"]],
+        given["start"],
+        given["start"] + given["length"],
+    )
+
+
+def _item(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    tensor, key = args[0], args[1]
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if any(isinstance(k, Tensor) for k in keys):
+        return
+    taken = sum(k is not None and k is not Ellipsis for k in keys)
+    axes = iter(code.recorder.axes(tensor))
+    for k in keys:
+        if k is None:
+            continue
+        if k is Ellipsis:
+            for _ in range(tensor.dim() - taken):
+                next(axes)
+            continue
+        axis = next(axes)
+        if isinstance(k, slice) and k.step in (None, 1):
+            _interval(code, axis, k.start, k.stop)
+
+
+def _interval(code: Code, axis: Axis, start: Any, stop: Any) -> None:
+    """Note where code cuts an axis."""
+    if all(leaf.fixed for leaf in leaves(axis)) or (start in (None, 0) and stop is None):
+        return
+    n = axis.size
+    low = 0 if start is None else min(start + n if start < 0 else int(start), n)
+    high = n if stop is None else min(stop + n if stop < 0 else int(stop), n)
+    parts = cut(axis, [low, max(high - low, 0), n - max(high, low)])
+    if parts is None:
+        return
+    if start is not None and low:
+        code.recorder.bind(expression_of(start), parts[0])
+    if stop is not None and high < n:
+        code.recorder.bind(expression_of(stop), concat(parts[:2]))
+
+
+def _convolution(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    if groups > 1:
+        first = code.recorder.axes(args[1] if len(args) > 1 else kwargs["weight"])[0]
+        rows = factor(first, [int(groups), first.size // groups])
+        if rows is not None:
+            code.bind([groups], rows[:1])
+
+
+def _group_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    groups = args[1] if len(args) > 1 else kwargs["num_groups"]
+    channels = code.recorder.axes(args[0])[1]
+    parts = factor(channels, [int(groups), channels.size // groups])
+    if parts is not None:
+        code.bind([groups], parts[:1])
+
+
+def _layer_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    code.bind(shape, code.recorder.axes(args[0])[-len(shape) :])
+
+
+def _attention(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    query = args[0] if args else kwargs["query"]
+    if kwargs.get("scale") is None:
+        _logits(code, query)
+
+
+def _product(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Note the eager form of an attention that has a fused one too, with another scale."""
+    recorder = code.recorder
+    module = recorder.stack[-1] if recorder.stack else None
+    if not isinstance(getattr(module, "scale", None), float) or not hasattr(module, "fused_attn"):
+        return
+    if all(logits.module is not module for logits in recorder.logits):
+        _logits(code, args[0])
+
+
+def _logits(code: Code, query: Tensor) -> None:
+    recorder = code.recorder
+    module = recorder.stack[-1] if recorder.stack else None
+    recorder.logits.append(Logits(query, recorder.axes(query)[-1], module, recorder.where))
+
+
+_SITES: _Sites = {
+    **dict.fromkeys(("view", "reshape", "expand", "new_zeros", "new_ones", "new_empty"), _layout),
+    **dict.fromkeys(("zeros", "ones", "empty"), _creation),
+    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
+    **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    **dict.fromkeys(("matmul", "__matmul__", "bmm"), _product),
+    "scaled_dot_product_attention": _attention,
+    "group_norm": _group_norm,
+    "unflatten": _unflatten,
+    "narrow": _narrow,
+    "__getitem__": _item,
+}

@@ -1,0 +1,208 @@
+"""Where the scale of attention logits can be folded into parameters.
+
+Fused attention divides by the root of the *present* depth of a head, eager code by a stored scale.
+When d of a head's dimensions become d', queries are multiplied by √(d'/d), so that both give the
+logits of the masked network. The factor goes into the last parameters that a query is linear in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from spamprune.pruning.axes.axis import Axis, fix, indices
+from spamprune.pruning.axes.operations import Call
+
+if TYPE_CHECKING:
+    from spamprune.pruning.axes.trace import _Recorder
+
+
+@dataclass
+class Logits:
+    """One product of queries and keys.
+
+    Attributes:
+        query: The queries, ``(..., depth)``.
+        depth: Their last axis.
+        module: The module that ran.
+        path: Its name.
+    """
+
+    query: Tensor
+    depth: Axis
+    module: nn.Module | None
+    path: str
+
+
+@dataclass
+class Fold:
+    """What must be done when heads lose depth.
+
+    Attributes:
+        depth: The axis of a head's dimensions.
+        rows: For each parameter that takes the factor, the dimension and its positions.
+        scale: The module whose attribute ``scale`` is the inverse root of the depth, if any.
+    """
+
+    depth: Axis
+    rows: list[tuple[str, int, Tensor]] = field(default_factory=list)
+    scale: str | None = None
+
+
+_LAYOUT = frozenset(
+    "view _unsafe_view reshape _reshape_alias permute transpose t expand clone _to_copy alias "
+    "detach unsqueeze squeeze contiguous neg slice select unbind split split_with_sizes repeat "
+    "roll flip index constant_pad_nd index_select".split()
+)
+_Range = tuple[Axis, int, int]
+
+
+def fold(recorder: _Recorder, logits: Logits) -> Fold:
+    """Find the parameters that a query is linear in; fix its depth where there are none."""
+    result = Fold(logits.depth)
+    stored = getattr(logits.module, "scale", None)
+    if isinstance(stored, float) and math.isclose(stored, logits.depth.size**-0.5, rel_tol=1e-6):
+        result.scale = logits.path
+    found: dict[tuple[str, int], Tensor] = {}
+    try:
+        _search(recorder, logits.query, logits.depth, found)
+    except _NotLinearError:
+        fix(logits.depth, f"the scale of the logits in {logits.path} cannot be folded")
+        return result
+    result.rows = [(name, dim, rows.nonzero()[:, 0]) for (name, dim), rows in found.items()]
+    return result
+
+
+class _NotLinearError(Exception):
+    """A query that no parameter scales."""
+
+
+def _search(
+    recorder: _Recorder, query: Tensor, depth: Axis, found: dict[tuple[str, int], Tensor]
+) -> None:
+    """Go back from the queries to the last parameters that scale them; note their rows.
+
+    Selections on the way, such as the first third of a joint projection, narrow the rows down.
+    """
+    waiting: list[tuple[Tensor, tuple[_Range, ...]]] = [(query, ())]
+    seen: set[tuple[int, tuple[_Range, ...]]] = set()
+    while waiting:
+        tensor, ranges = waiting.pop()
+        if (id(tensor), ranges) in seen:
+            continue
+        seen.add((id(tensor), ranges))
+        name = recorder.parameters.get(id(tensor))
+        if name is not None:
+            _note(recorder, name, ranges, depth, found)
+            continue
+        call = recorder.origins.get(id(tensor))
+        if call is None:
+            if recorder.is_data(tensor):
+                raise _NotLinearError
+            continue  # a constant, such as the zeros that stand for the bias of keys
+        waiting += [(t, r) for t, r in _operands(recorder, call, tensor, ranges)]
+    if not found:
+        raise _NotLinearError
+
+
+def _note(
+    recorder: _Recorder,
+    name: str,
+    ranges: tuple[_Range, ...],
+    depth: Axis,
+    found: dict[tuple[str, int], Tensor],
+) -> None:
+    """Add the rows of a parameter that belong to queries."""
+    for dim, axis in enumerate(recorder.axes(recorder.named[name])):
+        rows = indices(axis, depth) >= 0
+        if not rows.any():
+            continue
+        for part, start, stop in ranges:
+            rows &= _within(axis, part, start, stop)
+        old = found.get((name, dim))
+        found[name, dim] = rows if old is None else old | rows
+        return
+    raise _NotLinearError
+
+
+def _within(axis: Axis, part: Axis, start: int, stop: int) -> Tensor:
+    """Tell for each position whether it is in the range of ``part``, if it is in ``part`` at all."""
+    place = indices(axis, part)
+    return (place < 0) | ((place >= start) & (place < stop))
+
+
+def _operands(
+    recorder: _Recorder, call: Call, tensor: Tensor, ranges: tuple[_Range, ...]
+) -> list[tuple[Tensor, tuple[_Range, ...]]]:
+    """Return the operands that take a factor on the result of a call, all of them together."""
+    if call.name in _LAYOUT:
+        return [(call["self"], (*ranges, *_selection(recorder, call, tensor)))]
+    tensors = call.tensors()
+    data = [t for t in tensors if recorder.is_data(t)]
+    if call.name in ("add", "add_", "sub", "sub_"):
+        return [(t, ranges) for t in tensors]
+    if call.name in ("mul", "mul_", "div", "div_"):
+        weights = [t for t in tensors if not recorder.is_data(t) and _made_of(recorder, t)]
+        if call.name.startswith("mul") and weights:
+            return [(weights[0], ranges)]
+        return [(t, ranges) for t in data[:1]] if len(data) == 1 else _give_up()
+    if call.name == "cat":
+        return [(t, ranges) for t in _survivors(recorder, call, tensor, ranges)]
+    if call.name in ("stack", "copy_"):
+        return [(t, ranges) for t in (call["tensors"] or tensors)]
+    if call.name in ("mm", "bmm", "addmm", "baddbmm", "convolution", "linear"):
+        weights = [t for t in tensors if not recorder.is_data(t)]
+        return [(t, ranges) for t in weights] if weights else _give_up()
+    if call.name in ("native_layer_norm", "native_batch_norm", "rms_norm", "_fused_rms_norm"):
+        weights = [call[n] for n in ("weight", "bias") if isinstance(call[n], Tensor)]
+        return [(t, ranges) for t in weights] if weights else _give_up()
+    return _give_up()
+
+
+def _give_up() -> list[tuple[Tensor, tuple[_Range, ...]]]:
+    raise _NotLinearError
+
+
+def _made_of(recorder: _Recorder, tensor: Tensor) -> bool:
+    """Tell whether a tensor is a parameter or computed from one."""
+    if id(tensor) in recorder.parameters:
+        return True
+    call = recorder.origins.get(id(tensor))
+    return call is not None and any(_made_of(recorder, t) for t in call.tensors())
+
+
+def _selection(recorder: _Recorder, call: Call, tensor: Tensor) -> list[_Range]:
+    """Return which part of its operand's axis a selecting call takes."""
+    if call.name == "select":
+        axis = recorder.axes(call["self"])[call["dim"]]
+        start = call["index"] % axis.size
+        return [(axis, start, start + 1)]
+    if call.name == "slice" and call["step"] == 1:
+        axis = recorder.axes(call["self"])[call["dim"]]
+        start = call["start"] or 0
+        start = max(start + axis.size, 0) if start < 0 else start
+        return [(axis, start, start + tensor.shape[call["dim"]])]
+    if call.name in ("unbind", "split", "split_with_sizes"):
+        axis = recorder.axes(call["self"])[call["dim"]]
+        sizes = [1 if call.name == "unbind" else out.shape[call["dim"]] for out in call.outputs]
+        place = next(i for i, out in enumerate(call.outputs) if out is tensor)
+        return [(axis, sum(sizes[:place]), sum(sizes[: place + 1]))]
+    return []
+
+
+def _survivors(
+    recorder: _Recorder, call: Call, tensor: Tensor, ranges: tuple[_Range, ...]
+) -> list[Tensor]:
+    """Return the operands of a concatenation of which the ranges leave something."""
+    dim = call["dim"] or 0
+    axis = recorder.axes(tensor)[dim]
+    alive = torch.ones(axis.size, dtype=torch.bool)
+    for part, start, stop in ranges:
+        alive &= _within(axis, part, start, stop)
+    operands = [t for t in call["tensors"] if t.dim() == tensor.dim()]
+    kept = alive.split([t.shape[dim] for t in operands])
+    return [t for t, left in zip(operands, kept, strict=True) if left.any()]

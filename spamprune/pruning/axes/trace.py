@@ -1,0 +1,312 @@
+"""One forward pass that finds the axes of a network."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from spamprune.errors import PruningError
+from spamprune.modules import evaluation_mode
+from spamprune.pruning.axes import operations
+from spamprune.pruning.axes.axis import Axis, count, fix, leaves
+from spamprune.pruning.axes.code import Code
+from spamprune.pruning.axes.logits import Fold, Logits, fold
+from spamprune.pruning.axes.operations import Axes, Call
+from spamprune.pruning.axes.sizes import (
+    Attribute,
+    Expression,
+    Values,
+    attributes_of,
+    evaluate,
+    solve,
+    tracked,
+)
+
+#: A forward pass that takes longer is given up, seconds.
+LIMIT = 600
+_NOT_A_PARAMETER = "a tensor that is neither parameter nor buffer"
+
+
+@dataclass
+class Trace:
+    """The axes of a network's parameters and buffers, and what depends on them.
+
+    Attributes:
+        tensors: Axes of every parameter and buffer, by name, tied ones once.
+        costs: For each matrix product, axes whose sizes multiply to its multiply-accumulates.
+        sizes: Sizes in the code and the axes that they must equal.
+        folds: Attention whose logits change their scale with the depth of a head.
+    """
+
+    tensors: dict[str, Axes]
+    costs: list[Axes] = field(default_factory=list)
+    sizes: list[tuple[Expression, Axis]] = field(default_factory=list)
+    folds: list[Fold] = field(default_factory=list)
+
+    def macs(self, kept: dict[Axis, int]) -> int:
+        """Return the multiply-accumulates where each leaf axis keeps ``kept`` positions."""
+        total = 0
+        for axes in self.costs:
+            term = 1
+            for axis in axes:
+                term *= count(axis, kept)
+            total += term
+        return total
+
+    def attributes(self, kept: dict[Axis, int]) -> dict[Attribute, int]:
+        """Return the value that each attribute in a size must have.
+
+        Raises:
+            PruningError: Two sizes ask for different values, or one cannot be met.
+        """
+        values: dict[Attribute, int] = {}
+        waiting = list(self.sizes)
+        while waiting:
+            unsolved = []
+            for expression, axis in waiting:
+                wanted = count(axis, kept)
+                unknown = attributes_of(expression) - values.keys()
+                if not unknown:
+                    _check(expression, evaluate(expression, values, kept), wanted)
+                    continue
+                value = solve(expression, wanted, values, kept) if len(unknown) == 1 else None
+                if value is None:
+                    unsolved.append((expression, axis))
+                else:
+                    values[unknown.pop()] = value
+            if len(unsolved) == len(waiting):
+                raise _Contradiction(unsolved[0][0])
+            waiting = unsolved
+        return values
+
+
+class _Contradiction(PruningError):
+    """A size in the code that cannot follow its axis."""
+
+    def __init__(self, expression: Expression):
+        super().__init__("a size in the code cannot follow the pruned channels")
+        self.expression = expression
+
+
+def _check(expression: Expression, value: int, wanted: int) -> None:
+    if value != wanted:
+        raise _Contradiction(expression)
+
+
+def trace(model: nn.Module, example: Tensor) -> Trace:
+    """Run ``model`` once in evaluation mode and return its axes; the model stays as it is.
+
+    Args:
+        model: Any network.
+        example: Inputs, ``(B, ...)``.
+
+    Raises:
+        PruningError: The network cannot be run on ``example``, or not in :data:`LIMIT` seconds.
+    """
+    recorder = _Recorder(model)
+    with evaluation_mode(model), torch.no_grad(), _plain_kernels(), recorder.modules():
+        try:
+            with tracked(model), recorder, Code(recorder):
+                output = model(recorder.data(example))
+        except PruningError:
+            raise
+        except Exception as error:
+            raise PruningError(
+                f"{type(model).__name__} cannot be followed on an input of shape "
+                f"{tuple(example.shape)}: in {recorder.where or 'the model'}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    for tensor in tree_leaves(output):
+        if isinstance(tensor, Tensor):
+            for axis in recorder.axes(tensor):
+                fix(axis, "the model's output")
+    result = Trace(
+        {name: recorder.axes(tensor) for name, tensor in recorder.named.items()},
+        recorder.costs,
+        recorder.sizes,
+        [fold(recorder, logits) for logits in recorder.logits],
+    )
+    _settle(result)
+    return result
+
+
+def _settle(result: Trace) -> None:
+    """Fix the axes whose sizes in the code could not follow, tried with random counts."""
+    chance = random.Random(0)
+    free = {leaf for axes in result.tensors.values() for axis in axes for leaf in leaves(axis)}
+    rounds = 0
+    while rounds < 3:
+        kept = {leaf: chance.randint(1, leaf.size) for leaf in free if not leaf.fixed}
+        try:
+            result.attributes(kept)
+            rounds += 1
+        except _Contradiction as conflict:
+            broken = [(e, a) for e, a in result.sizes if e is conflict.expression]
+            result.sizes = [(e, a) for e, a in result.sizes if e is not conflict.expression]
+            for expression, axis in broken:
+                why = f"its size cannot follow {', '.join(_names(expression)) or 'the code'}"
+                fix(axis, why)
+                _fix_all(expression, result, why)
+
+
+def _names(expression: Expression) -> list[str]:
+    return sorted(map(str, attributes_of(expression)))
+
+
+def _fix_all(expression: Expression, result: Trace, why: str) -> None:
+    """Fix everything that an expression reads, attributes through the axes bound to them."""
+    if isinstance(expression, Axis):
+        fix(expression, why)
+    read = attributes_of(expression)
+    for other, axis in result.sizes:
+        if read & attributes_of(other):
+            fix(axis, why)
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Keep attention in operations that can be followed."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows the axes through every operation; :class:`Code` adds what Python code says of sizes."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.named: dict[str, Tensor] = {}
+        self.paths = {id(m): name for name, m in model.named_modules()}
+        self.stack: list[nn.Module] = []
+        self.costs: list[Axes] = []
+        self.sizes: list[tuple[Expression, Axis]] = []
+        self.logits: list[Logits] = []
+        self.origins: dict[int, Call] = {}
+        self.parameters = {id(p): name for name, p in model.named_parameters()}
+        self._axes: dict[int, Axes] = {}
+        self._data: set[int] = set()
+        self._alive: list[Tensor] = []
+        self._places: dict[tuple[Any, ...], Axes] = {}
+        self._bound: dict[Attribute, Axis] = {}
+        self._deadline = time.monotonic() + LIMIT
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self.named[name] = tensor
+            self._put(tensor, [Axis(n) for n in tensor.shape])
+            self._places[_place(tensor)] = self.axes(tensor)
+
+    @property
+    def where(self) -> str:
+        """The path of the module that runs."""
+        return self.paths.get(id(self.stack[-1]), "") if self.stack else ""
+
+    @contextmanager
+    def modules(self) -> Iterator[None]:
+        """Keep track of which module runs."""
+        with ExitStack() as hooks:
+            for handle in (
+                register_module_forward_pre_hook(lambda m, _: self.stack.append(m)),
+                register_module_forward_hook(lambda *_: self._leave()),
+            ):
+                hooks.callback(handle.remove)
+            yield
+
+    def _leave(self) -> None:
+        self.stack.pop()
+
+    def data(self, example: Tensor) -> Tensor:
+        """Return the model's input, known as such."""
+        self._put(example, [Axis(n, fixed="the model's input") for n in example.shape])
+        self._data.add(id(example))
+        return example
+
+    def _put(self, tensor: Tensor, axes: Axes) -> None:
+        self._axes[id(tensor)] = axes
+        self._alive.append(tensor)  # so that its id stays its own
+
+    def axes(self, tensor: Tensor) -> Axes:
+        """Return the axes of a tensor, roots all."""
+        axes = self._axes.get(id(tensor))
+        if axes is None:
+            known = self._places.get(_place(tensor))
+            axes = known or [Axis(n, fixed=_NOT_A_PARAMETER) for n in tensor.shape]
+            self._put(tensor, axes)
+        return [axis.root() for axis in axes]
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor came from an operation that was followed."""
+        return id(tensor) in self._axes
+
+    def is_data(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor depends on the model's input."""
+        return id(tensor) in self._data
+
+    def bind(self, size: Expression, axis: Axis) -> None:
+        """Note that a size in the code is the number of positions of ``axis``."""
+        if axis.size == 1 or all(leaf.fixed for leaf in leaves(axis)):
+            if not isinstance(size, Attribute):
+                return
+        if isinstance(size, int):
+            fix(axis, f"its size {size} is a plain number in the code of {self.where}")
+            return
+        if isinstance(size, Attribute):
+            known = self._bound.setdefault(size, axis)
+            if known.root() is not axis.root():
+                operations.tie(known, axis)
+                return
+        self.sizes.append((size, axis))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if time.monotonic() > self._deadline:
+            raise PruningError(
+                f"following the network took over {LIMIT} s, up to {self.where}: give a smaller "
+                "example"
+            )
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        name = func._schema.name.partition("::")[2]
+        values = {a.name: a.default_value for a in func._schema.arguments}
+        positional = [a.name for a in func._schema.arguments if not a.kwarg_only]
+        values.update(zip(positional, args, strict=False))
+        values.update(kwargs or {})
+        call = Call(name, values, outputs, self.where, self.axes, self.is_data, self.costs)
+        if not outputs:
+            return result
+        rule = operations.RULES.get(name)
+        if rule is None:
+            pointwise = torch.Tag.pointwise in func.tags
+            rule = operations.pointwise if pointwise else operations.unknown
+        found = rule(call)
+        data = any(map(self.is_data, call.tensors()))
+        for tensor, axes in zip(outputs, found, strict=True):
+            if self.knows(tensor):  # written in place
+                for old, new in zip(self.axes(tensor), axes, strict=True):
+                    operations.tie(old, new)
+            else:
+                self._put(tensor, axes)
+                self.origins[id(tensor)] = call
+            if data:
+                self._data.add(id(tensor))
+        return result
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
