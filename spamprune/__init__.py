@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spamprune import scores
-    from spamprune.artifact.load import load
-    from spamprune.artifact.save import save
+    from spamprune.artifact import export, load, push, save
     from spamprune.bayes.curvature import CurvatureMethod, preflight
     from spamprune.bayes.likelihood import Classification, Regression
     from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior
@@ -29,11 +28,13 @@ __all__ = [
     "SpaM",
     "Target",
     "apply",
+    "export",
     "fit_posterior",
     "load",
     "load_posterior",
     "plan",
     "preflight",
+    "push",
     "run",
     "save",
     "scores",
@@ -52,11 +53,13 @@ _HOMES = {
     "SpaM": "spamprune.bayes.spam",
     "Target": "spamprune.pruning.plan",
     "apply": "spamprune.pruning.compaction",
+    "export": "spamprune.artifact",
     "fit_posterior": "spamprune.bayes.posterior",
     "load": "spamprune.artifact",
     "load_posterior": "spamprune.bayes.posterior",
     "plan": "spamprune.pruning.plan",
     "preflight": "spamprune.bayes.curvature",
+    "push": "spamprune.artifact",
     "run": "spamprune.engine.run",
     "save": "spamprune.artifact",
     "verify": "spamprune.pruning.compaction",

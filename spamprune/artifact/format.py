@@ -1,31 +1,46 @@
-"""What an artifact is: two files, the shape of ``config.json``, and the parts of a model it names.
+"""What an artifact is: its files, the shape of ``config.json``, and the parts of a model it names.
 
-Artifacts come from strangers, so everything read here is checked, and only these two names are
-ever opened.
+Artifacts come from strangers, so everything read here is checked, and only the configuration and
+the weights are ever opened.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from spamprune.errors import ArtifactError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+CARD = "README.md"  # for people, never read
 FORMAT: Final = "spamprune-artifact"
-VERSION: Final = 1
+VERSION: Final = 2
 
 _MAX_CONFIG_BYTES = 16 * 2**20
+_MAX_NESTING = 4  # of sequences in an attribute
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _BASE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+Number = int | FiniteFloat
 
 
 class Architecture(BaseModel):
@@ -37,16 +52,45 @@ class Architecture(BaseModel):
     kwargs: dict[str, Any]
 
 
+class Preprocessing(BaseModel):
+    """How an image becomes an input, in the terms of ``timm.data.create_transform``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input_size: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]  # C, H, W
+    interpolation: Literal[
+        "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"
+    ] = "bicubic"
+    mean: list[FiniteFloat]  # of each channel, for inputs between 0 and 1
+    std: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    crop_pct: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    crop_mode: Literal["center", "squash", "border"] = "center"
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Preprocessing:
+        channels = self.input_size[0]
+        if not len(self.mean) == len(self.std) == channels:
+            raise ValueError(f"mean and std need {channels} values, as input_size has channels")
+        return self
+
+
 class Config(BaseModel):
     """The content of ``config.json``: how to rebuild the model, and what its maker adds.
 
     Everything is relative to a freshly built model: names that are not mentioned are as built.
+    Fields with a default came with version 2.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal["spamprune-artifact"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[1, 2] = VERSION
+    library_name: Literal["spamprune"] = "spamprune"  # what the hub calls the library
+    base_model: str | None = None  # the trained network that was pruned, such as a hub repository
+    licence: str | None = None  # the hub's identifier of it, such as "apache-2.0"
+    num_classes: NonNegativeInt | None = None
+    preprocessing: Preprocessing | None = None
+    metrics: dict[str, Number | dict[str, Number]] = Field(default_factory=dict)
     versions: dict[str, str]  # package → version that wrote the artifact
     architecture: Architecture | None  # None: a class of the user's, which load's factory builds
     class_name: str  # for messages only, never imported
@@ -55,7 +99,7 @@ class Config(BaseModel):
     attributes: dict[str, dict[str, Any]]  # module → attribute → number, truth value or sequence
     shared: dict[str, str]  # parameter or buffer → the one it is tied to
     buffers: list[str]  # non-persistent buffers that are saved all the same
-    extra: dict[str, Any]  # free-form: metrics, target …
+    extra: dict[str, Any]  # free-form: plan, criterion …
 
 
 @dataclass(frozen=True)
@@ -90,17 +134,22 @@ def own_attributes(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key not in _BASE_ATTRIBUTES}
 
 
-def kind(value: object) -> Literal["truth value", "number", "sequence"] | None:
+def kind(
+    value: object, nesting: int = _MAX_NESTING
+) -> Literal["truth value", "number", "sequence"] | None:
     """Return the kind of an attribute that an artifact may set, None for any other.
 
-    Text is left out on purpose: a file from elsewhere must not set paths or commands.
+    Text is left out on purpose: a file from elsewhere must not set paths or commands. So are
+    numbers that are not finite or fit no 64 bits, and sequences nested more than ``nesting`` deep.
     """
     if isinstance(value, bool):
         return "truth value"
-    if isinstance(value, (int, float)):
-        return "number"
-    if isinstance(value, (list, tuple)) and all(kind(item) for item in value):
-        return "sequence"
+    if isinstance(value, int):
+        return "number" if abs(value) < 2**63 else None
+    if isinstance(value, float):
+        return "number" if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)) and nesting:
+        return "sequence" if all(kind(item, nesting - 1) for item in value) else None
     return None
 
 
@@ -116,14 +165,26 @@ def read_config(folder: str | Path) -> Config:
     Raises:
         ArtifactError: It is missing, damaged, foreign or of a newer format.
     """
-    path = regular_file(folder, CONFIG)
+    return parse_config(regular_file(folder, CONFIG))
+
+
+def parse_config(path: Path) -> Config:
+    """Read and check one ``config.json``.
+
+    Raises:
+        ArtifactError: It is damaged, foreign or of a newer format.
+    """
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise ArtifactError(
                 f"{path} is larger than {_MAX_CONFIG_BYTES // 2**20} MiB: it is no configuration "
                 "that spamprune wrote"
             )
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}): save the model anew") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -137,15 +198,32 @@ def read_config(folder: str | Path) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         raise ArtifactError(
-            f"{path} is damaged at {where!r} ({first['msg']}): save the model anew"
+            f"{path} is damaged at {first_problem(error)}: save the model anew"
         ) from error
 
 
+def first_problem(error: ValidationError) -> str:
+    """Return the place and the words of the first of pydantic's complaints, on one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))!r} ({first['msg']})"
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object that ``pairs`` spell: readers would differ on a name given twice."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice!r:.80} is there twice")
+    return content
+
+
+def _refuse_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number that JSON knows")
+
+
 def artifact_bytes(folder: str | Path) -> int:
-    """Return the size of an artifact's two files in bytes.
+    """Return the size in bytes of what loading an artifact needs: all but the card.
 
     Raises:
         ArtifactError: One of them is missing.

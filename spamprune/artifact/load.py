@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from spamprune.artifact import hub
 from spamprune.artifact.format import (
     CONFIG,
     WEIGHTS,
@@ -17,7 +21,7 @@ from spamprune.artifact.format import (
     build,
     kind,
     own_attributes,
-    read_config,
+    parse_config,
     regular_file,
     slots,
 )
@@ -32,61 +36,95 @@ def load(folder: str | Path, *, factory: Callable[[], nn.Module] | None = None) 
     """Rebuild the model that ``save`` wrote, without tracing it and without running foreign code.
 
     Args:
-        folder: An artifact.
+        folder: An artifact, or ``"hf-hub:owner/name"`` for one on the Hugging Face hub, with
+            ``@revision`` after it for a branch, tag or commit.
         factory: Builds the unpruned model, for models that spamprune cannot build by name.
 
     Returns:
         The model on the CPU in evaluation mode; its outputs equal the saved model's bit for bit.
-        The global random state is untouched.
+        Its ``pretrained_cfg`` holds the preprocessing, where timm looks for it. The global random
+        state is untouched.
 
     Raises:
         ArtifactError: The artifact is missing, damaged or foreign, or the model that ``factory``
             builds is another one.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    model = build(factory or _by_name(folder, config))
-    where = folder / CONFIG
+    if hub.is_address(folder):
+        find = hub.Snapshot(str(folder)).file
+    else:
+        find = partial(regular_file, folder)
+    where = find(CONFIG)
+    config = parse_config(where)
+    if factory is None:
+        factory = _by_name(where, config)
+        _check_memory(where, _unpruned_bytes(factory))
+    model = build(factory)
     _check_modules(where, config, model)
     places = slots(model)
     shapes = _expected_shapes(where, config, places)
     stored = {name: shape for name, shape in shapes.items() if name not in config.shared}
-    tensors = _read_weights(regular_file(folder, WEIGHTS), stored)
+    weights = find(WEIGHTS)
+    _check_memory(weights, weights.stat().st_size)
+    tensors = _read_weights(weights, stored)
     _set_attributes(where, config, model)
     for name, shape in config.shapes.items():
         if shape is None:
             setattr(places[name].module, places[name].key, None)
     filled = {
-        name: _filling(folder, name, places[name], tensor) for name, tensor in tensors.items()
+        name: _filling(weights, name, places[name], tensor) for name, tensor in tensors.items()
     }
     for name in shapes:
         value = filled[config.shared.get(name, name)]
         setattr(places[name].module, places[name].key, value)
+    if config.preprocessing is not None:
+        known = getattr(model, "pretrained_cfg", None) or {}
+        settings: Any = {**known, **config.preprocessing.model_dump()}
+        model.pretrained_cfg = settings
     return model.eval()
 
 
-def _by_name(folder: Path, config: Config) -> Callable[[], nn.Module]:
+def _by_name(where: Path, config: Config) -> Callable[[], nn.Module]:
     """Return a function that builds the unpruned model from its recorded name and arguments."""
     architecture = config.architecture
     if architecture is None:
         raise ArtifactError(
-            f"{folder} holds a {config.class_name!r}, which only its own code can build: pass "
+            f"{where} tells of a {config.class_name!r}, which only its own code can build: pass "
             "load(folder, factory=...) a function that returns a new one"
         )
     foreign = sorted(PLACEMENT & architecture.kwargs.keys())
     if foreign:
         raise ArtifactError(
-            f"{folder / CONFIG} asks for {foreign[0]!r}, but an artifact brings its own weights: "
-            "save the model anew"
+            f"{where} asks for {foreign[0]!r}, but an artifact brings its own weights: save the "
+            "model anew"
         )
 
     def factory() -> nn.Module:
         try:
             return create(architecture.name, **architecture.kwargs)
         except ModelError as error:
-            raise ArtifactError(f"{folder / CONFIG}: {error}") from error
+            raise ArtifactError(f"{where}: {error}") from error
 
     return factory
+
+
+def _unpruned_bytes(factory: Callable[[], nn.Module]) -> int:
+    """Return the size of what ``factory`` builds, found from an outline that allocates nothing."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            outline = factory()
+    except ArtifactError:  # the real build says why; all of timm's models can be outlined
+        return 0
+    return sum(tensor.nbytes for tensor in (*outline.parameters(), *outline.buffers()))
+
+
+def _check_memory(where: Path, size: int) -> None:
+    """Raise where ``size`` bytes are more than the machine has, before they are asked for."""
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise ArtifactError(
+            f"{where} needs {size / 2**30:.0f} GiB at once, pruned or not, and this machine has "
+            f"{memory / 2**30:.0f} GiB of memory: use a larger one"
+        )
 
 
 def _check_modules(where: Path, config: Config, model: nn.Module) -> None:
@@ -170,30 +208,36 @@ def _compare(path: Path, expected: dict[str, Shape], found: dict[str, Shape]) ->
 
 
 def _set_attributes(where: Path, config: Config, model: nn.Module) -> None:
-    """Give modules their recorded attributes, if they already have such an attribute."""
+    """Give modules their recorded attributes, if they have such an attribute or have it as None."""
     modules = dict(model.named_modules())
     for name, attributes in config.attributes.items():
         present = own_attributes(modules[name])
         for key, value in attributes.items():
-            old = present.get(key)
-            if kind(old) is None or kind(old) != kind(value):
+            old = present.get(key, ...)
+            if kind(value) is None or (old is not None and kind(old) != kind(value)):
                 raise ArtifactError(
                     f"{where} sets {key!r} of {name or 'the model'!r} to {value!r:.80}, but the "
                     "model built has no such attribute of that kind: build it as it was saved"
                 )
-            setattr(modules[name], key, _as_tuples(value) if isinstance(old, tuple) else value)
+            setattr(modules[name], key, _typed_like(old, value))
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, list) else value
+def _typed_like(old: Any, value: Any) -> Any:
+    """Return ``value`` with tuples wherever ``old`` has them, which JSON turned into lists."""
+    if not isinstance(value, list):
+        return value
+    olds = list(old) if isinstance(old, (list, tuple)) else []
+    olds += olds[-1:] * (len(value) - len(olds)) or [None] * len(value)
+    items = [_typed_like(*pair) for pair in zip(olds, value, strict=False)]
+    return tuple(items) if isinstance(old, tuple) else items
 
 
-def _filling(folder: Path, name: str, place: Slot, tensor: Tensor) -> Tensor:
+def _filling(path: Path, name: str, place: Slot, tensor: Tensor) -> Tensor:
     """Return ``tensor`` as the parameter or buffer that takes its place."""
     old = place.tensor
     if old is not None and old.is_floating_point() != tensor.is_floating_point():
         raise ArtifactError(
-            f"{folder / WEIGHTS} has tensor {name!r} as {tensor.dtype}, the model has {old.dtype}: "
+            f"{path} has tensor {name!r} as {tensor.dtype}, the model has {old.dtype}: "
             "save the model anew"
         )
     if not place.is_parameter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -124,7 +124,7 @@ def _compact(
         ranking=experiment.ranking,
         min_units=experiment.min_units,
     )
-    small = compaction.apply(model, chosen, example)
+    small = compaction.apply(model, chosen)
     residual = compaction.verify(model, small, chosen, bench.example(VERIFY_BATCH))
     before = bench.quality(small, bench.data.test)
     after, scratch = None, None
@@ -137,7 +137,7 @@ def _compact(
         _train_on(bench, small, experiment.finetune, f"{name}.finetune")
         after = bench.quality(small, bench.data.test)
     folder = bench.folder / name
-    artifact.save(small, folder, extra={"plan": asdict(chosen)})
+    artifact.save(small, folder, extra={"plan": chosen.summary()})
     size = bench.size(small).model_copy(update={"artifact_bytes": artifact.artifact_bytes(folder)})
     return Compacted(
         experiment=index,
@@ -158,10 +158,8 @@ def _compact(
 
 def _from_scratch(bench: Bench, chosen: compaction.Plan, training: FineTune, name: str) -> Quality:
     """Train the planned architecture from fresh weights and measure it."""
-    example = bench.example()
-    shaped = compaction.apply(
-        create_model(bench.recipe, bench.seed).to(example.device), chosen, example
-    )
+    fresh = create_model(bench.recipe, bench.seed).to(bench.example().device)
+    shaped = compaction.apply(fresh, chosen)
     torch.manual_seed(bench.seed)
     for module in shaped.modules():  # a slice of a larger layer has that layer's scale
         reset = getattr(module, "reset_parameters", None)

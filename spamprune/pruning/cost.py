@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,7 +29,9 @@ def macs(model: nn.Module, example: Tensor) -> int:
             FlopCounterMode(display=False) as counter,
             sdpa_kernel(SDPBackend.MATH),
         ):
-            model(example)
+            # without gradients: the counter's hooks fail on parameters that are passed between modules
+            frozen = {name: p.detach() for name, p in model.named_parameters()}
+            torch.func.functional_call(model, frozen, (example,))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
     return int(counter.get_total_flops()) // 2
@@ -40,3 +45,26 @@ def params(model: nn.Module) -> int:
 def nonzero(model: nn.Module) -> int:
     """Return the number of parameters that are not exactly zero, tied ones once."""
     return sum(int(p.count_nonzero()) for p in model.parameters())
+
+
+@torch.no_grad()
+def latency(model: nn.Module, example: Tensor, *, repeats: int = 15) -> float:
+    """Return the median wall-clock seconds of a forward pass of ``example``, after a warm-up."""
+    seconds = []
+    with evaluation_mode(model):
+        for _ in range(_WARM_UP + repeats):
+            _wait(example)
+            start = time.perf_counter()
+            model(example)
+            _wait(example)
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[_WARM_UP:])
+
+
+_WARM_UP = 3
+
+
+def _wait(x: Tensor) -> None:
+    """Wait until the accelerator that holds ``x`` has nothing left to do."""
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize(x.device)

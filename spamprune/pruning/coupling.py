@@ -1,17 +1,28 @@
-"""Which entries of which parameters belong to a unit of a torch-pruning group."""
+"""Which entries of which parameters go with the units of a torch-pruning group.
+
+torch-pruning knows which channels of which layers belong together; this module knows where their
+parameters lie, and refuses what torch-pruning 1.6.1 is known to follow or to cut wrongly.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 
-import einops
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch_pruning._helpers import _HybridIndex
+from torch_pruning.dependency import index_mapping, shape_infer
 from torch_pruning.ops import OPTYPE
+from torch_pruning.pruner.function import DepthwiseConvPruner
 
 from spamprune.errors import PruningError
+from spamprune.pruning.slices import Slice
 
 #: Operations without parameters: they only pass indices on.
 _PASSIVE = {
@@ -24,161 +35,310 @@ _PASSIVE = {
     OPTYPE.SLICE,
     OPTYPE.OUTPUT,
 }
-_VECTORS = {OPTYPE.BN, OPTYPE.LN, OPTYPE.GN, OPTYPE.IN, OPTYPE.PRELU, OPTYPE.DEPTHWISE_CONV}
+
+#: For each operation of a group, the pairs of a position and a unit that reaches it.
+_Reached = dict[tuple[tp.dependency.Node, Callable], set[_HybridIndex]]
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Entries of one parameter that go with the units of a group.
+class Coupling:
+    """The parameters of a group, and which of its units cannot go without each other.
 
     Attributes:
-        name: The parameter's name in the model.
-        parameter: The parameter.
+        pieces: Slices in torch-pruning's order; their units are *bundles*: units that go together.
+        bundle: For each unit at the group's root, its bundle, shape ``(units,)``. Most units are
+            their own; the two halves of a gated linear unit are not.
+        parameters: The parameters that the pieces name.
+    """
+
+    pieces: list[Slice]
+    bundle: Tensor
+    parameters: dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What remains of a parameter when a group is pruned.
+
+    Attributes:
+        name: The parameter's name, by the path of the module that holds it.
         dim: The dimension that is cut.
-        index: Positions along ``dim``.
-        unit: For each position, the unit that it belongs to.
-        groups: Groups of a grouped convolution whose *input* is cut; positions then count over
-            all groups.
+        size: Its size before the cut.
+        kept: Positions that remain, in order.
     """
 
     name: str
-    parameter: nn.Parameter
     dim: int
-    index: list[int]
-    unit: list[int]
+    size: int
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter of a module, and how channels lie along one of its dimensions.
+
+    Attributes:
+        name: Its name in the module; empty where the parameter is itself the graph's node.
+        dim: The dimension.
+        groups: As in :class:`Slice`.
+        offsets: Where each copy of the channels begins: queries, keys, values in one matrix.
+    """
+
+    name: str
+    dim: int
     groups: int = 1
+    offsets: tuple[int, ...] = (0,)
 
 
-def slices(group: tp.dependency.Group) -> Iterator[Slice]:
-    """Yield every slice of parameters that goes with the units of ``group``.
+def couple(group: tp.dependency.Group) -> Coupling:
+    """Return the parameters that go with the units of ``group``.
 
     Raises:
-        PruningError: The group reaches a module whose parameters are of no known layout.
+        PruningError: torch-pruning cannot follow the network here, or a layer's parameters are of
+            no known layout; the layer is named.
     """
-    graph = group._DG  # torch-pruning has no public way from a group to its names
-    seen: set[tuple[str, int, tuple[int, ...]]] = set()
+    graph = group._DG  # torch-pruning has no public way from a group to its graph
+    units = list(dict.fromkeys(group.items[0].root_idxs))
+    reached = _walk(group.items[0].dep, units)
+    root = layer_name(group)
+    bundles = _bundles(units, reached.values())
+    for (node, _), indices in reached.items():
+        lost = _check_offsets(graph, node) or _check_order(node, indices, bundles)
+        if lost:
+            raise PruningError(
+                f"{root}: on the way of its channels torch-pruning loses {lost}, so it would cut "
+                f"wrong ones; add {root} to ignored_layers"
+            )
+    canonical = {p: name for name, p in graph.model.named_parameters()}
+    pieces: list[Slice] = []
+    parameters: dict[str, nn.Parameter] = {}
     for item in group.items:
         node = item.dep.target
-        if node.type in _PASSIVE:
-            continue
-        out = graph.is_out_channel_pruning_fn(item.dep.handler)
-        index, unit = list(item.idxs), list(item.root_idxs)
-        if any(u is None for u in unit):
-            raise PruningError(f"{node.name}: torch-pruning lost track of its coupled units")
-        for name, parameter, dim, groups in _layout(graph, node, out):
-            key = (name, dim, tuple(index))
-            size = parameter.shape[dim] * groups
-            if max(index) >= size:
+        owners = {i.idx: bundles[i.root_idx] for i in reached[node, item.dep.handler]}
+        positions = sorted(owners)
+        index, unit = torch.tensor(positions), torch.tensor([owners[i] for i in positions])
+        for part in _layout(graph, item.dep):
+            path, parameter = _find(graph, node, part)
+            size = parameter.shape[part.dim] * part.groups
+            if positions[-1] + part.offsets[-1] >= size:
                 raise PruningError(
-                    f"{name.rpartition('.')[0]}: torch-pruning couples channel {max(index)} of "
-                    f"its {size}: it cannot follow the network here; leave this layer out"
+                    f"{path.rpartition('.')[0]}: torch-pruning couples channel {positions[-1]} of "
+                    f"its {size} with {root}: it cannot follow the network here; add {root} to "
+                    "ignored_layers"
                 )
-            if key not in seen:  # a module reached along two paths counts once
-                seen.add(key)
-                yield Slice(name, parameter, dim, index, unit, groups)
+            name = canonical[parameter]  # tied parameters have several paths
+            parameters[name] = parameter
+            where = torch.cat([index + o for o in part.offsets])
+            pieces.append(Slice(name, part.dim, where, unit.repeat(len(part.offsets)), part.groups))
+    return Coupling(_distinct(pieces), torch.tensor([bundles[u] for u in units]), parameters)
 
 
-def _layout(
-    graph: tp.DependencyGraph, node: tp.dependency.Node, out: bool
-) -> Iterator[tuple[str, nn.Parameter, int, int]]:
-    """Yield name, parameter, dimension and groups for each parameter that ``node`` cuts."""
+def cuts(group: tp.dependency.Group) -> list[Cut]:
+    """Return what pruning ``group`` leaves of the parameters whose layout is known."""
+    graph = group._DG
+    found = []
+    for dep, idxs in group.items:
+        try:
+            parts = _layout(graph, dep)
+        except PruningError:
+            continue  # such a layer cannot be scored either
+        for part in parts:
+            name, parameter = _find(graph, dep.target, part)
+            size = parameter.shape[part.dim]
+            gone = {i + offset for i in idxs for offset in part.offsets}
+            kept = [i for i in range(size * part.groups) if i not in gone]
+            # torch-pruning keeps in every group of a convolution what it keeps in the first.
+            kept = kept[: len(kept) // part.groups]
+            found.append(Cut(name, part.dim, size, torch.tensor(kept, dtype=torch.long)))
+    return found
+
+
+def layer_name(group: tp.dependency.Group) -> str:
+    """Return the name of the layer at the root of ``group``."""
+    return group._DG._module2name[group.items[0].dep.target.module]
+
+
+def _walk(root: tp.dependency.Dependency, units: list[int]) -> _Reached:
+    """Follow ``units`` through the graph, as torch-pruning does.
+
+    Its groups name one unit per position only; where a network adds or multiplies two halves of a
+    layer, a position has several.
+    """
+    reached: _Reached = defaultdict(set)
+    stack = [(root, [_HybridIndex(idx=u, root_idx=u) for u in units])]
+    while stack:
+        dep, indices = stack.pop()
+        node, handler = dep.target, dep.handler
+        new = [i for i in indices if i not in reached[node, handler]]
+        if any(i.root_idx is None for i in new):
+            raise PruningError(
+                f"{node.name}: its units are shared by several of the units that it is coupled "
+                "with, as in grouped-query attention, which torch-pruning does not trace; add the "
+                "attention's layers to ignored_layers"
+            )
+        reached[node, handler].update(new)
+        for edge in node.dependencies if new else ():
+            if edge.is_triggered_by(handler):
+                mapped = new
+                for mapping in edge.index_mapping:
+                    mapped = mapped if mapping is None else mapping(mapped)
+                if mapped:
+                    stack.append((edge, mapped))
+    return reached
+
+
+def _bundles(units: list[int], reached: Iterable[set[_HybridIndex]]) -> dict[int, int]:
+    """Number the sets of units that meet at some position, and return the number of each unit."""
+    parent = {u: u for u in units}
+
+    def head(unit: int) -> int:
+        while parent[unit] != unit:
+            parent[unit] = unit = parent[parent[unit]]
+        return unit
+
+    for indices in reached:
+        first: dict[int, int] = {}
+        for i in indices:
+            parent[head(i.root_idx)] = head(first.setdefault(i.idx, i.root_idx))
+    number: dict[int, int] = {}
+    return {u: number.setdefault(head(u), len(number)) for u in units}
+
+
+def _distinct(pieces: list[Slice]) -> list[Slice]:
+    """Drop repeated entries: tied parameters are reached once by each layer that shares them."""
+    distinct = []
+    seen: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for piece in pieces:
+        known = seen[piece.name, piece.dim]
+        fresh = [k for k, i in enumerate(piece.index.tolist()) if i not in known]
+        known.update(piece.index.tolist())
+        if fresh:
+            distinct.append(
+                Slice(piece.name, piece.dim, piece.index[fresh], piece.unit[fresh], piece.groups)
+            )
+    return distinct
+
+
+def _check_offsets(graph: tp.DependencyGraph, node: tp.dependency.Node) -> str | None:
+    """Return what is wrong if torch-pruning lacks the offsets of channels at ``node``.
+
+    Along another dimension (tokens, pixels) there are none to know: all parts are equally wide.
+    """
+    before = shape_infer.infer_out_channels_recursively
+    after = shape_infer.infer_in_channels_recursively
+    if node.type is OPTYPE.CONCAT:
+        kind, where, neighbours = index_mapping._ConcatIndexMapping, 1, node.inputs
+        parts = [shape_infer.infer_channels_between(graph, n, node) for n in neighbours]
+        whole = after(graph, node, [0])
+    elif node.type in (OPTYPE.SPLIT, OPTYPE.SLICE):
+        kind, where, neighbours = index_mapping._SplitIndexMapping, 0, node.outputs
+        if node.type is OPTYPE.SLICE:
+            kind, neighbours = index_mapping._SliceIndexMapping, node.inputs
+            if min(node.module.start, node.module.end) < 0 or node.module.step != 1:
+                return "a slice from the end, or with a step"
+        parts = [after(graph, n, [0]) for n in node.outputs]
+        whole = before(graph, node, [0])
+    else:
+        return None
+    edges = [dep for dep in node.dependencies if dep.target in neighbours]
+    lost = any(not isinstance(dep.index_mapping[where], kind) for dep in edges)
+    if node.inputs and lost and any(part not in (None, whole) for part in parts):
+        return f"the offsets of {parts} channels within {whole}"
+    return None
+
+
+def _check_order(
+    node: tp.dependency.Node, reached: set[_HybridIndex], bundles: dict[int, int]
+) -> str | None:
+    """Return what is wrong if torch-pruning mistakes one part of a split for another.
+
+    It takes the parts in the order in which its trace meets them. That does no harm where the same
+    bundles have the same places in both parts, as with queries, keys and values.
+    """
+    offsets = getattr(node.module, "offsets", None)
+    # A split without inputs is one of a module's own parameters, inside an attention.
+    if node.type not in (OPTYPE.SPLIT, OPTYPE.UNBIND) or not offsets or not node.inputs:
+        return None
+    parts = [
+        {(i.idx - start, bundles[i.root_idx]) for i in reached if start <= i.idx < end}
+        for start, end in pairwise(offsets)
+    ]
+    for assumed, reader in enumerate(node.outputs):
+        actual = {k for fn, k in reader.grad_fn.next_functions if fn is node.grad_fn}
+        mistaken = set() if assumed in actual else actual or set(range(len(parts)))
+        if any(parts[k] != parts[assumed] for k in mistaken):
+            return "the order of the parts of a split"
+    return None
+
+
+def _find(
+    graph: tp.DependencyGraph, node: tp.dependency.Node, part: _Part
+) -> tuple[str, nn.Parameter]:
+    """Return the path and the value of a part of ``node``."""
+    if not part.name:
+        return graph._param_to_name[node.module], node.module
+    path = graph._module2name[node.module]
+    return (f"{path}." if path else "") + part.name, node.module.get_parameter(part.name)
+
+
+def _layout(graph: tp.DependencyGraph, dep: tp.dependency.Dependency) -> list[_Part]:
+    """Return the parameters of a module that ``dep`` cuts.
+
+    Raises:
+        PruningError: They are of no known layout.
+    """
+    node = dep.target
     module = node.module
+    if node.type in _PASSIVE:
+        return []
     if node.type is OPTYPE.PARAMETER:
-        yield graph._param_to_name[module], module, node.pruning_dim, 1
-        return
-    path = graph._module2name[module]
-    prefix = f"{path}." if path else ""
-    if node.type in (OPTYPE.CONV, OPTYPE.LINEAR):
-        transposed = bool(getattr(module, "transposed", False))
-        groups = 1 if out else getattr(module, "groups", 1)
-        yield prefix + "weight", module.weight, int(out == transposed), groups
-        if out and module.bias is not None:
-            yield prefix + "bias", module.bias, 0, 1
-    elif node.type is OPTYPE.EMBED:
-        yield prefix + "weight", module.weight, 1, 1
-    elif node.type in _VECTORS:
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.numel() > 1:  # a PReLU may share one slope among all units
-                yield prefix + name, parameter, 0, 1
-    else:
+        return [_Part("", node.pruning_dim % module.ndim)]
+    out = graph.is_out_channel_pruning_fn(dep.handler)
+    depthwise = isinstance(dep.handler.__self__, DepthwiseConvPruner)
+    parts = _parts(module, out, depthwise)
+    owned = dict(module.named_parameters())
+    present = [p for p in parts or () if attrgetter(p.name)(module) is not None]
+    if parts is None or any(p.name not in owned for p in present):
         raise PruningError(
-            f"{path or 'the model'}: cannot score a {type(module).__name__}; add it to "
-            "ignored_layers"
+            f"{graph._module2name[module] or 'the model'}: cannot score the "
+            f"{'outputs' if out else 'inputs'} of this {type(module).__name__}, whose parameters "
+            "torch-pruning cuts in no known or no right way; add it to ignored_layers"
         )
+    return present
 
 
-def _sums(score: Tensor, piece: Slice) -> Tensor:
-    """Return, for each position of ``piece``, the sum of the scores found there."""
-    if piece.groups == 1:
-        totals = score.movedim(piece.dim, 0).reshape(score.shape[piece.dim], -1).sum(1)
-    else:
-        totals = einops.reduce(score, "(g o) i ... -> (g i)", "sum", g=piece.groups)
-    return totals[torch.tensor(piece.index, device=score.device)]
-
-
-def sum_over_units(pieces: list[Slice], scores: dict[str, Tensor], units: list[int]) -> Tensor:
-    """Return for each unit the sum of scores over the union of its entries, each counted once.
-
-    Args:
-        pieces: The slices of one group.
-        scores: A score tensor for each parameter that ``pieces`` names, shaped like it.
-        units: The units to report, in this order.
-
-    Returns:
-        A tensor of shape ``(len(units),)``.
-    """
-    first = next(iter(scores.values()))
-    position = {unit: i for i, unit in enumerate(units)}
-    totals = torch.zeros(len(units), dtype=first.dtype, device=first.device)
-    for piece in pieces:
-        where = torch.tensor([position[u] for u in piece.unit], device=first.device)
-        totals.index_add_(0, where, _sums(scores[piece.name], piece))
-    # A square weight whose rows and columns are both cut has entries that were counted twice.
-    for i, one in enumerate(pieces):
-        for other in pieces[i + 1 :]:
-            if one.name == other.name and one.dim != other.dim:
-                totals -= _shared(scores[one.name], one, other, position)
-    return totals
-
-
-def _shared(score: Tensor, one: Slice, other: Slice, position: dict[int, int]) -> Tensor:
-    """Return per unit the scores at the crossing of its rows and columns."""
-    if one.groups != 1 or other.groups != 1:
-        raise PruningError(f"{one.name}: a grouped convolution is coupled with itself")
-    matrix = score.movedim((one.dim, other.dim), (0, 1))
-    matrix = matrix.reshape(*matrix.shape[:2], -1).sum(2)
-
-    def membership(piece: Slice, size: int) -> Tensor:
-        table = score.new_zeros(len(position), size)
-        rows = torch.tensor([position[u] for u in piece.unit], device=score.device)
-        table[rows, torch.tensor(piece.index, device=score.device)] = 1
-        return table
-
-    rows = membership(one, matrix.shape[0])
-    columns = membership(other, matrix.shape[1])
-    return ((rows @ matrix) * columns).sum(1)
-
-
-@torch.no_grad()
-def zero_units(pieces: list[Slice], tensors: dict[str, Tensor], units: set[int]) -> None:
-    """Set every entry that belongs to one of ``units`` to zero, in place.
-
-    Args:
-        pieces: The slices of one group.
-        tensors: The tensors to change, by parameter name.
-        units: Units to zero.
-    """
-    for piece in pieces:
-        chosen = [i for i, u in zip(piece.index, piece.unit, strict=True) if u in units]
-        if not chosen:
-            continue
-        tensor = tensors[piece.name]
-        where = torch.tensor(chosen, device=tensor.device)
-        if piece.groups == 1:
-            tensor.index_fill_(piece.dim, where, 0)
-        else:
-            inputs = tensor.shape[1]
-            outputs = tensor.shape[0] // piece.groups
-            for channel in chosen:
-                g, j = divmod(channel, inputs)
-                tensor[g * outputs : (g + 1) * outputs, j] = 0
+def _parts(module: nn.Module, out: bool, depthwise: bool) -> list[_Part] | None:
+    """Return what a module of this type may own, or None for an unknown type."""
+    if depthwise and module.groups != module.in_channels:
+        return None  # it is a grouped one that pruning has left with one output per group
+    if isinstance(module, nn.Linear) or (isinstance(module, _ConvNd) and not depthwise):
+        transposed, groups = getattr(module, "transposed", False), getattr(module, "groups", 1)
+        if transposed and groups > 1:
+            return None  # torch-pruning cuts the wrong dimension
+        if out:
+            return [_Part("weight", int(transposed)), _Part("bias", 0)]
+        return [_Part("weight", int(not transposed), groups)]
+    if isinstance(module, nn.Embedding):
+        return [_Part("weight", 1)]
+    if isinstance(module, nn.LSTM) and not out:  # its hidden units are cut in the wrong places
+        ends = ("", "_reverse") if module.bidirectional else ("",)
+        return [_Part(f"weight_ih_l0{end}", 1) for end in ends]
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is None:
+            return None  # torch-pruning leaves the inputs of separate projections behind
+        copies = tuple(k * module.embed_dim for k in range(3))
+        return [
+            _Part("in_proj_weight", 0, offsets=copies),
+            _Part("in_proj_weight", 1),
+            _Part("in_proj_bias", 0, offsets=copies),
+            _Part("bias_k", 2),
+            _Part("bias_v", 2),
+            _Part("out_proj.weight", 0),
+            _Part("out_proj.weight", 1),
+            _Part("out_proj.bias", 0),
+        ]
+    # Normalisations, PReLU, depthwise convolutions and the like: one entry or kernel per channel.
+    vectors = [(name, p) for name, p in module.named_parameters() if p.numel() > 1]
+    if depthwise or all(p.ndim == 1 for _, p in vectors):
+        return [_Part(name, 0) for name, _ in vectors]
+    return None

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
-import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,8 +17,6 @@ from spamprune.errors import DataError
 from spamprune.modules import device_of, evaluation_mode
 from spamprune.pruning import cost
 from spamprune.report.results import Quality, Size
-
-_WARM_UP = 3
 
 
 @torch.no_grad()
@@ -99,28 +95,16 @@ def size(
             nonzero=cost.nonzero(model),
             macs=cost.macs(model, example),
             bytes=sum(p.numel() * p.element_size() for p in parameters),
-            latency={batch: _latency(model, example, batch, repeats) for batch in latency_batches},
+            latency={
+                batch: cost.latency(model, _batch(example, batch), repeats=repeats)
+                for batch in latency_batches
+            },
             threads=torch.get_num_threads(),
         )
 
 
-def _latency(model: nn.Module, example: Tensor, batch: int, repeats: int) -> float:
-    """Return the median wall-clock seconds of a forward pass of ``batch`` samples."""
-    x = example.expand(batch, *example.shape[1:]).contiguous()
-    seconds = []
-    for _ in range(_WARM_UP + repeats):
-        _wait(x)
-        start = time.perf_counter()
-        model(x)
-        _wait(x)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[_WARM_UP:])
-
-
-def _wait(x: Tensor) -> None:
-    """Wait until the accelerator that holds ``x`` has nothing left to do."""
-    if x.device.type != "cpu":
-        torch.accelerator.synchronize(x.device)
+def _batch(example: Tensor, size: int) -> Tensor:
+    return example.expand(size, *example.shape[1:]).contiguous()
 
 
 def environment() -> dict[str, str]:

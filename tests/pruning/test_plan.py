@@ -55,7 +55,7 @@ def test_the_units_with_the_least_importance_go(network):
 def test_compaction_agrees_with_the_mask_and_the_target_is_met(network, ranking, target):
     before = copy.deepcopy(network.state_dict())
     found = plan(network, image(), magnitudes(network), target, ranking=ranking)
-    small = apply(network, found, image())
+    small = apply(network, found)
     assert verify(network, small, found, torch.randn(32, 1, 28, 28)) <= 1e-5
     assert small(image()).shape == (1, 10)
     key, wanted = target.named()
@@ -76,7 +76,7 @@ def test_a_budget_is_met_by_the_mildest_pruning(network):
     milder = plan(
         network, image(), magnitudes(network), Target(ratio=(gone - 4) / total), ranking="uniform"
     )
-    small = apply(network, milder, image())
+    small = apply(network, milder)
     assert cost.params(small) / cost.params(network) > 0.3
 
 
@@ -93,14 +93,14 @@ def test_other_networks_agree_with_their_masks(make):
     shape = {"Branches": (3, 8, 8), "MLP": (30,)}.get(type(model).__name__, (3, 64, 64))
     example = torch.randn(1, *shape)
     found = plan(model, example, magnitudes(model), Target(ratio=0.5))
-    small = apply(model, found, example)
+    small = apply(model, found)
     assert cost.params(small) < 0.5 * cost.params(model)
     assert verify(model, small, found, torch.randn(16, *shape)) <= 1e-4
 
 
 def test_verify_catches_a_wrong_compaction(network):
     found = plan(network, image(), magnitudes(network), Target(ratio=0.5))
-    small = apply(network, found, image())
+    small = apply(network, found)
     with torch.no_grad():
         small.conv1.weight[0] += 0.01
     with pytest.raises(PruningError, match="differs from its masked original"):
@@ -110,7 +110,7 @@ def test_verify_catches_a_wrong_compaction(network):
 def test_masking_zeroes_biases_too(network):
     found = plan(network, image(), magnitudes(network), Target(ratio=0.5))
     gone = list(next(g for g in found.groups if g.layer == "fc").pruned)
-    zeroed = masked(network, found, image())
+    zeroed = masked(network, found)
     assert (zeroed.fc.weight[gone] == 0).all()
     assert (zeroed.fc.bias[gone] == 0).all()
     assert (zeroed.head.weight[:, gone] == 0).all()
@@ -144,7 +144,7 @@ def test_layer_norms_over_pruned_units_are_not_compared():
     )
     found = plan(model, torch.randn(1, 6), magnitudes(model), Target(ratio=0.5))
     assert not found.comparable
-    small = apply(model, found, torch.randn(1, 6))
+    small = apply(model, found)
     assert verify(model, small, found, torch.randn(9, 6)) > 1e-3
 
 
@@ -173,6 +173,6 @@ def test_unknown_layers_are_refused_with_suggestions(network):
 
 def test_a_plan_for_another_width_is_refused(network):
     found = plan(network, image(), magnitudes(network), Target(ratio=0.5))
-    small = apply(network, found, image())
+    small = apply(network, found)
     with pytest.raises(PruningError, match="expects 6 units in 'conv1', the model has 3"):
-        apply(small, found, image())
+        apply(small, found)

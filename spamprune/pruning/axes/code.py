@@ -32,7 +32,7 @@ class Code(TorchFunctionMode):
         if func in COMPOSITES:
             with self:
                 return COMPOSITES[func](*args, **kwargs)
-        if func is _SHAPE or func is torch.Tensor.size:
+        if func in (_SHAPE, torch.Tensor.size):
             return self._shape(func(*args, **kwargs), args[0])
         result = func(*args, **kwargs)
         site = _SITES.get(getattr(func, "__name__", ""))

@@ -17,6 +17,8 @@ from spamprune.pruning.axes.axis import Axis, concat, cut, factor, fix, mark, mi
 
 Axes = list[Axis]
 
+#: Why positions in space, and those of kernels, stay.
+SPACE = "positions in space"
 
 class Call:
     """One call of an ATen operation during a trace.
@@ -155,6 +157,13 @@ def pointwise(call: Call) -> list[Axes]:
     return [_broadcast([call.axes(t) for t in tensors], call.shape)]
 
 
+# element-wise operations that torch does not tag as such
+rule(
+    *"hardswish hardsigmoid hardtanh threshold _prelu_kernel masked_fill mish celu".split(),
+    *"softplus log_sigmoid_forward dropout rsub fill lerp".split(),
+)(pointwise)
+
+
 def _added(call: Call, tensors: list[Tensor]) -> Axes:
     """Return the axes along which two streams of data join."""
     data = [call.axes(t) for t in tensors if call.is_data(t) and t.dim() > 1]
@@ -165,7 +174,7 @@ def _added(call: Call, tensors: list[Tensor]) -> Axes:
 
 
 @rule("_to_copy", "clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "contiguous")
-@rule("zero", "fill", "empty_like", "zeros_like", "ones_like", "full_like", "dropout")
+@rule("zero", "empty_like", "zeros_like", "ones_like", "full_like")
 @rule("native_dropout", "bernoulli", "rand_like", "randn_like", "normal", "uniform")
 def _unchanged(call: Call) -> list[Axes]:
     return _same(call, call.of("self" if isinstance(call["self"], Tensor) else "input"))
@@ -195,6 +204,15 @@ def _fixed(call: Call) -> list[Axes]:
 @rule("unsqueeze")
 def _view(call: Call) -> list[Axes]:
     return [reshaped(call.of("self"), call.shape, call.why)]
+
+
+@rule("as_strided")
+def _as_strided(call: Call) -> list[Axes]:
+    axes = call.of("self")
+    sizes = [n for n in call.shape if n != 1]
+    if sizes == [a.size for a in axes if a.size != 1]:  # another memory layout only
+        return [reshaped(axes, call.shape, call.why)]
+    return unknown(call)
 
 
 @rule("permute")
@@ -536,7 +554,7 @@ def _convolution(call: Call) -> list[Axes]:
     x, weight, groups = call.of("input"), call.of("weight"), call["groups"]
     channels, first, second = x[1], weight[0], weight[1]
     for axis in weight[2:]:
-        fix(axis, call.why)
+        fix(axis, SPACE)
     transposed = bool(call["transposed"])
     source, result = (first, second) if transposed else (second, first)
     if groups > 1:
@@ -546,6 +564,10 @@ def _convolution(call: Call) -> list[Axes]:
         if inputs is None or rows is None:
             return unknown(call)
         tie(inputs[0], rows[0])
+        if source.size > 1 or rows[1].size > 1:
+            mark(rows[0], "groups")
+            for axis in (inputs[1], rows[1]):
+                mark(axis, "group_dims")
         tie(inputs[1], rows[1] if transposed else second)
         result = product([rows[0], second]) if transposed else first
         source = inputs[1]
@@ -566,8 +588,8 @@ def _space(call: Call, axes: Axes, sizes: Sequence[int]) -> Axes:
             mix(axes[0], call.why)
             return axes
     for axis in axes:
-        fix(axis, call.why)
-    return [Axis(n, fixed=call.why) for n in sizes]
+        fix(axis, SPACE)
+    return [Axis(n, fixed=SPACE) for n in sizes]
 
 
 # --- space ----------------------------------------------------------------------------------------

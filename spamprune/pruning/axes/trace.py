@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from spamprune.errors import PruningError
 from spamprune.modules import evaluation_mode
-from spamprune.pruning.axes import operations
+from spamprune.pruning.axes import bundles, operations
 from spamprune.pruning.axes.axis import Axis, count, fix, leaves
 from spamprune.pruning.axes.code import Code
 from spamprune.pruning.axes.logits import Fold, Logits, fold
@@ -29,7 +30,7 @@ from spamprune.pruning.axes.operations import Axes, Call
 from spamprune.pruning.axes.sizes import (
     Attribute,
     Expression,
-    Values,
+    Operation,
     attributes_of,
     evaluate,
     solve,
@@ -50,24 +51,24 @@ class Trace:
         costs: For each matrix product, axes whose sizes multiply to its multiply-accumulates.
         sizes: Sizes in the code and the axes that they must equal.
         folds: Attention whose logits change their scale with the depth of a head.
+        bundles: Leaves that lose units in step, since code wants their counts to stay equal.
     """
 
     tensors: dict[str, Axes]
     costs: list[Axes] = field(default_factory=list)
     sizes: list[tuple[Expression, Axis]] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
+    bundles: list[bundles.Bundle] = field(default_factory=list)
 
-    def macs(self, kept: dict[Axis, int]) -> int:
+    def macs(self, kept: Mapping[Axis, int]) -> int:
         """Return the multiply-accumulates where each leaf axis keeps ``kept`` positions."""
-        total = 0
-        for axes in self.costs:
-            term = 1
-            for axis in axes:
-                term *= count(axis, kept)
-            total += term
-        return total
+        return sum(math.prod(count(axis, kept) for axis in axes) for axes in self.costs)
 
-    def attributes(self, kept: dict[Axis, int]) -> dict[Attribute, int]:
+    def numel(self, name: str, kept: Mapping[Axis, int]) -> int:
+        """Return the entries of a parameter or buffer that remain."""
+        return math.prod(count(axis, kept) for axis in self.tensors[name])
+
+    def attributes(self, kept: Mapping[Axis, int]) -> dict[Attribute, int]:
         """Return the value that each attribute in a size must have.
 
         Raises:
@@ -140,27 +141,46 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         recorder.sizes,
         [fold(recorder, logits) for logits in recorder.logits],
     )
-    _settle(result)
+    _settle(result, recorder.bound)
     return result
 
 
-def _settle(result: Trace) -> None:
-    """Fix the axes whose sizes in the code could not follow, tried with random counts."""
+def _settle(result: Trace, bound: Mapping[Attribute, Axis]) -> None:
+    """Bundle or fix the axes whose sizes in the code do not follow, tried with random counts."""
     chance = random.Random(0)
     free = {leaf for axes in result.tensors.values() for axis in axes for leaf in leaves(axis)}
-    rounds = 0
-    while rounds < 3:
-        kept = {leaf: chance.randint(1, leaf.size) for leaf in free if not leaf.fixed}
+    tried: set[Expression] = set()
+    passed = 0
+    while passed < 8:
         try:
-            result.attributes(kept)
-            rounds += 1
+            result.attributes(_random_counts(free, result.bundles, chance))
+            passed += 1
         except _Contradiction as conflict:
             broken = [(e, a) for e, a in result.sizes if e is conflict.expression]
-            result.sizes = [(e, a) for e, a in result.sizes if e is not conflict.expression]
             for expression, axis in broken:
+                if expression not in tried and bundles.add(
+                    result.bundles, expression, axis, bound
+                ):
+                    tried.add(expression)
+                    continue
                 why = f"its size cannot follow {', '.join(_names(expression)) or 'the code'}"
                 fix(axis, why)
                 _fix_all(expression, result, why)
+                result.sizes.remove((expression, axis))
+    bundles.settle(result.bundles)
+
+
+def _random_counts(
+    free: set[Axis], known: list[bundles.Bundle], chance: random.Random
+) -> dict[Axis, int]:
+    """Return how many positions each leaf keeps, those of a bundle in step."""
+    kept = {leaf: chance.randint(1, leaf.size) for leaf in free if not leaf.fixed}
+    for bundle in known:
+        steps = chance.randint(0, min(leaf.size // n for leaf, n in bundle.items()) - 1)
+        if any(leaf.fixed for leaf in bundle):
+            steps = 0
+        kept |= {leaf: leaf.size - steps * n for leaf, n in bundle.items()}
+    return kept
 
 
 def _names(expression: Expression) -> list[str]:
@@ -169,12 +189,20 @@ def _names(expression: Expression) -> list[str]:
 
 def _fix_all(expression: Expression, result: Trace, why: str) -> None:
     """Fix everything that an expression reads, attributes through the axes bound to them."""
-    if isinstance(expression, Axis):
-        fix(expression, why)
+    for axis in _axes_of(expression):
+        fix(axis, why)
     read = attributes_of(expression)
     for other, axis in result.sizes:
         if read & attributes_of(other):
             fix(axis, why)
+
+
+def _axes_of(expression: Expression) -> Iterator[Axis]:
+    if isinstance(expression, Axis):
+        yield expression
+    elif isinstance(expression, Operation):
+        yield from _axes_of(expression.left)
+        yield from _axes_of(expression.right)
 
 
 @contextmanager
@@ -206,7 +234,7 @@ class _Recorder(TorchDispatchMode):
         self._data: set[int] = set()
         self._alive: list[Tensor] = []
         self._places: dict[tuple[Any, ...], Axes] = {}
-        self._bound: dict[Attribute, Axis] = {}
+        self.bound: dict[Attribute, Axis] = {}
         self._deadline = time.monotonic() + LIMIT
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.named[name] = tensor
@@ -268,7 +296,7 @@ class _Recorder(TorchDispatchMode):
             fix(axis, f"its size {size} is a plain number in the code of {self.where}")
             return
         if isinstance(size, Attribute):
-            known = self._bound.setdefault(size, axis)
+            known = self.bound.setdefault(size, axis)
             if known.root() is not axis.root():
                 operations.tie(known, axis)
                 return

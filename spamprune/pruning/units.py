@@ -1,0 +1,213 @@
+"""The units that can be removed from a network, and what goes with each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spamprune.bayes.parameters import named_parameters
+from spamprune.errors import PosteriorError, PruningError, nearest
+from spamprune.pruning.axes.axis import Axis, indices, leaves
+from spamprune.pruning.axes.operations import SPACE
+from spamprune.pruning.axes.trace import Trace
+from spamprune.pruning.slices import Slice, sum_over_units
+
+#: What units are: whole attention heads, dimensions of a head, whole groups of grouped
+#: convolutions, channels of a group, channels that a residual stream carries, and all others.
+Kind = Literal["heads", "head_dims", "groups", "group_dims", "width", "hidden"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+#: Pruning heads and the dimensions within them by the same ratio would cut attention twice.
+DEFAULT_KINDS: tuple[Kind, ...] = ("heads", "groups", "width", "hidden")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units of one kind, and everything that goes with them.
+
+    Attributes:
+        layer: The layer whose outputs the units are, with a suffix where it has several kinds.
+        kind: What the units are.
+        axis: Their axis in the trace.
+        pieces: The entries of parameters and buffers that go with them.
+        joint: Which operation mixes the units, so that compaction and mask differ; often empty.
+        positions: How many channels a unit is made of.
+        shape: Equal for groups that hold the same kinds of layers.
+    """
+
+    layer: str
+    kind: Kind
+    axis: Axis
+    pieces: tuple[Slice, ...]
+    joint: str
+    positions: int
+    shape: tuple[object, ...]
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.axis.size
+
+
+def groups(
+    model: nn.Module, trace: Trace, *, kinds: Sequence[Kind] = KINDS, ignored: Iterable[str] = ()
+) -> tuple[list[Group], list[str]]:
+    """Return the prunable groups in the model's order, and notes on layers that are left whole.
+
+    Args:
+        model: The traced model.
+        trace: Its trace.
+        kinds: Which kinds of units to return.
+        ignored: Names of layers whose outputs stay, or patterns such as ``"stem.*"``.
+
+    Raises:
+        PruningError: A name to ignore is not a layer's.
+    """
+    pieces = _pieces(trace)
+    kept = _matching(model, ignored)
+    parameters = dict(model.named_parameters())
+    modules = dict(model.named_modules())
+    found: list[Group] = []
+    notes: list[str] = []
+    names: set[str] = set()
+    for axis, slices in pieces.items():
+        if axis.size < 2 or not any(s.name in parameters for s in slices):
+            continue
+        producer = _producer(slices, parameters)
+        layer = producer.name.rpartition(".")[0] or producer.name
+        kind = _kind(axis)
+        if axis.fixed:
+            if kind in kinds and producer.dim == 0 and _is_output(modules.get(layer), axis):
+                notes.append(f"{layer}: {axis.size} {_WORDS[kind]} left whole: {axis.fixed}")
+            continue
+        if kind not in kinds or any(s.dim == 0 and _layer(s) in kept for s in slices):
+            continue
+        name = _unique(layer if kind in ("hidden", "width") else f"{layer}:{kind}", names)
+        shape = (kind, *sorted(_sort(modules, s, parameters) for s in slices))
+        found.append(
+            Group(name, kind, axis, tuple(slices), axis.joint, _positions(axis, slices), shape)
+        )
+    return found, notes
+
+
+_WORDS: dict[Kind, str] = {
+    "heads": "heads",
+    "head_dims": "dimensions of heads",
+    "groups": "groups",
+    "group_dims": "channels of groups",
+    "width": "channels",
+    "hidden": "channels",
+}
+
+
+def _pieces(trace: Trace) -> dict[Axis, list[Slice]]:
+    """Return the slices of every leaf axis, in the order of the tensors."""
+    found: dict[Axis, list[Slice]] = {}
+    for name, axes in trace.tensors.items():
+        for dim, axis in enumerate(axes):
+            for leaf in dict.fromkeys(leaves(axis)):
+                if leaf.size < 2:
+                    continue
+                unit = indices(axis, leaf)
+                index = (unit >= 0).nonzero()[:, 0]
+                found.setdefault(leaf, []).append(Slice(name, dim, index, unit[index]))
+    return found
+
+
+def _layer(piece: Slice) -> str:
+    return piece.name.rpartition(".")[0]
+
+
+def _producer(slices: Sequence[Slice], parameters: Mapping[str, Tensor]) -> Slice:
+    """Return the slice that best says whose outputs the units are."""
+    weights = [s for s in slices if s.name in parameters and parameters[s.name].dim() > 1]
+    rows = [s for s in weights if s.dim == 0]
+    return (rows or weights or [s for s in slices if s.name in parameters])[0]
+
+
+def _is_output(module: nn.Module | None, axis: Axis) -> bool:
+    """Tell whether a user would expect the units of a layer to be prunable."""
+    inherent = axis.fixed in ("the model's output", "the model's input", SPACE)
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not inherent
+
+
+def _kind(axis: Axis) -> Kind:
+    for role in ("heads", "head_dims", "groups", "group_dims"):
+        if role in axis.roles:
+            return role  # type: ignore[return-value]
+    return "width" if "residual" in axis.roles else "hidden"
+
+
+def _unique(name: str, names: set[str]) -> str:
+    count = 1
+    result = name
+    while result in names:
+        count += 1
+        result = f"{name}#{count}"
+    names.add(result)
+    return result
+
+
+def _sort(
+    modules: Mapping[str, nn.Module], piece: Slice, parameters: Mapping[str, Tensor]
+) -> tuple[str, str, int]:
+    """Return the class of a piece's layer, its own name there and the dimension."""
+    path, _, own = piece.name.rpartition(".")
+    return type(modules.get(path)).__name__, own, piece.dim
+
+
+def _positions(axis: Axis, slices: Sequence[Slice]) -> int:
+    """Return the greatest number of positions that goes with a unit in every tensor."""
+    return math.gcd(*(len(s.index) // axis.size for s in slices))
+
+
+def _matching(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    names = [name for name, _ in model.named_modules()]
+    found: set[str] = set()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
+            raise PruningError(f"no layer {pattern!r} to ignore: {nearest(pattern, names)}")
+        inside = tuple(f"{m}." for m in matches)
+        found |= matches | {name for name in names if name.startswith(inside)}
+    return found
+
+
+@torch.no_grad()
+def importance(model: nn.Module, group: Group, scores: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the importance of each unit: the sum of the scores of all that goes with it.
+
+    Args:
+        model: The network.
+        group: One of its groups.
+        scores: A score for every trainable parameter, by name.
+
+    Returns:
+        Shape ``(units,)``, None where nothing of the group is trainable.
+
+    Raises:
+        PosteriorError: A parameter has no score, or one of another shape.
+        PruningError: A score is not a number.
+    """
+    trainable = named_parameters(model)
+    pieces = [piece for piece in group.pieces if piece.name in trainable]
+    for piece in pieces:
+        score, parameter = scores.get(piece.name), trainable[piece.name]
+        if score is None:
+            raise PosteriorError(f"the scores lack parameter {piece.name!r}: compute them anew")
+        if score.shape != parameter.shape:
+            raise PosteriorError(
+                f"the scores have shape {tuple(score.shape)} for {piece.name!r}, the model has "
+                f"{tuple(parameter.shape)}: compute them anew after each pruning"
+            )
+    if not pieces:
+        return None
+    total = sum_over_units(pieces, scores, group.units, torch.float64).cpu()
+    if total.isnan().any():
+        raise PruningError(f"scores of {group.layer!r} are not numbers: is the posterior finite?")
+    return total
