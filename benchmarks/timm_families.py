@@ -50,7 +50,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     import spamprune.models
 
     torch.manual_seed(0)
-    model = spamprune.models.create(name).eval()
+    model = spamprune.models.create(name, num_classes=1000).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2 or parameter.abs().max() < 1e-3:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -73,6 +73,8 @@ class DataSet:
         shape: Of one input: ``(C, H, W)`` or ``(F,)``.
         source: Where the samples came from, in words.
         deviations: How the data differ from what the paper used, in words.
+        preprocessing: How images became inputs, in the terms of ``timm.data.create_transform``;
+            None where inputs are no images.
     """
 
     name: str
@@ -83,6 +85,7 @@ class DataSet:
     shape: tuple[int, ...]
     source: str
     deviations: tuple[str, ...] = ()
+    preprocessing: Mapping[str, Any] | None = None
 
 
 def mixed_seed(*numbers: int) -> int:

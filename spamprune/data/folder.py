@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +15,15 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from spamprune.data.base import Augment, DataSet, check_loader, hold_out, mixed_seed, seeded
+from spamprune.data.base import (
+    Augment,
+    DataSet,
+    Split,
+    check_loader,
+    hold_out,
+    mixed_seed,
+    seeded,
+)
 from spamprune.errors import DataError
 
 # torchvision's statistics of ImageNet, which pretrained networks expect
@@ -29,10 +38,12 @@ class FolderSplit:
     Attributes:
         samples: Path and class of each image.
         size: Side of the square inputs, in pixels.
+        preprocessing: A network's own, in place of ``size``; see :func:`prepared`.
     """
 
     samples: Sequence[tuple[str, int]]
     size: int
+    preprocessing: Mapping[str, Any] | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -97,7 +108,7 @@ class _Decoded(Dataset[tuple[Tensor, int] | DataError]):
     def __init__(self, split: FolderSplit, seed: int, epoch: int, augment: Augment):
         self._samples = split.samples
         self._key = (seed, epoch)
-        self._transform = _transform(split.size, augment)
+        self._transform = _transform(split, augment)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -123,15 +134,63 @@ def _collate(samples: list[tuple[Tensor, int] | DataError]) -> list[Tensor] | Da
     return errors[0] if errors else default_collate(samples)
 
 
-def _transform(size: int, augment: Augment) -> v2.Compose:
+def _transform(split: FolderSplit, augment: Augment) -> Callable[[Image.Image], Tensor]:
+    if split.preprocessing is not None:
+        return _prepare(split.preprocessing, augment)
+    size = split.size
     if augment == "flip_crop":
         steps: list[torch.nn.Module] = [v2.RandomResizedCrop(size, antialias=True)]
     else:
         steps = [v2.Resize(size, antialias=True), v2.CenterCrop(size)]
     if augment != "none":
         steps.append(v2.RandomHorizontalFlip())
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([v2.PILToTensor(), *steps, to_float, v2.Normalize(MEAN, STD)])
+    return v2.Compose([v2.PILToTensor(), *steps, _TO_FLOAT, v2.Normalize(MEAN, STD)])
+
+
+def _prepare(settings: Mapping[str, Any], augment: Augment) -> Callable[[Image.Image], Tensor]:
+    if augment == "flip_crop":  # not timm's, which draws from Python's own generator
+        crop = v2.RandomResizedCrop(tuple(settings["input_size"][1:]), antialias=True)
+        normalize = v2.Normalize(settings["mean"], settings["std"])
+        return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip(), _TO_FLOAT, normalize])
+    from timm.data import create_transform
+
+    plain = create_transform(**settings)
+    return v2.Compose([v2.RandomHorizontalFlip(), plain]) if augment == "flip" else plain
+
+
+_TO_FLOAT = v2.ToDtype(torch.float32, scale=True)
+
+
+def prepared(data: DataSet, preprocessing: Mapping[str, Any]) -> DataSet:
+    """Return an image folder with its images prepared as a network expects them.
+
+    Args:
+        data: What :func:`image_folder` made.
+        preprocessing: The arguments of ``timm.data.create_transform``, such as
+            ``timm.data.resolve_model_data_config`` returns them.
+
+    Raises:
+        DataError: The network takes other than three channels.
+    """
+    channels = preprocessing["input_size"][0]
+    if channels != 3:
+        raise DataError(
+            f"image_folder: images have 3 channels, this network takes {channels}: give one for "
+            "colour images"
+        )
+
+    def changed(split: Split) -> Split:
+        assert isinstance(split, FolderSplit)
+        return replace(split, preprocessing=preprocessing)
+
+    return replace(
+        data,
+        train=changed(data.train),
+        validation=None if data.validation is None else changed(data.validation),
+        test=changed(data.test),
+        shape=tuple(preprocessing["input_size"]),
+        preprocessing=preprocessing,
+    )
 
 
 def image_folder(
@@ -176,6 +235,12 @@ def image_folder(
         classes=len(train.classes),
         shape=(3, size, size),
         source=f"images under {root}: train, {', '.join(parts)}",
+        preprocessing={
+            "input_size": (3, size, size),
+            "mean": MEAN,
+            "std": STD,
+            "interpolation": "bilinear",
+        },
     )
 
 

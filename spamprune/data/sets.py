@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from spamprune.data.base import DataSet, hold_out
 from spamprune.data.files import read_cifar, read_idx_samples
 from spamprune.data.folder import image_folder
 from spamprune.data.places import FileSet, locate
-from spamprune.data.tensors import TensorSplit, standardise
+from spamprune.data.tensors import TensorSplit, standardise, statistics
 from spamprune.errors import DataError
 from spamprune.registry import Registry
 
@@ -253,6 +254,7 @@ def _images(
     seed: int,
 ) -> DataSet:
     train_inputs, test_inputs, black = standardise(train[0], test[0])
+    mean, std = statistics(train[0])
     return _in_memory(
         name,
         (train_inputs, train[1]),
@@ -262,6 +264,11 @@ def _images(
         source=source,
         validation=validation,
         seed=seed,
+        preprocessing={
+            "input_size": tuple(train_inputs.shape[1:]),
+            "mean": (mean / 255).tolist(),
+            "std": (std / 255).tolist(),
+        },
     )
 
 
@@ -276,6 +283,7 @@ def _in_memory(
     validation: float,
     seed: int,
     deviations: tuple[str, ...] = (),
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> DataSet:
     kept, held = hold_out(len(train[1]), validation, seed)
     return DataSet(
@@ -287,6 +295,7 @@ def _in_memory(
         shape=tuple(train[0].shape[1:]),
         source=source,
         deviations=deviations,
+        preprocessing=preprocessing,
     )
 
 

@@ -119,6 +119,26 @@ def flip_and_crop(
     return padded[torch.arange(n)[:, None, None], y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
 
 
+def statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the standard deviation of each channel; 1 for a constant channel.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``.
+
+    Returns:
+        float64 ``(C,)`` each, for values from 0 to 255.
+    """
+    # exact counts of the 256 levels: no rounding, whatever the number of images or threads
+    counts = torch.stack(
+        [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+    ).double()
+    levels = torch.arange(256, dtype=torch.float64)
+    total = counts.sum(1)
+    mean = counts @ levels / total
+    std = (counts @ levels**2 / total - mean**2).sqrt()
+    return mean, torch.where(std > 0, std, 1.0)
+
+
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scale images so that each channel of the training images has mean 0 and variance 1.
 
@@ -132,15 +152,7 @@ def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Both as float32 in channels-last memory, and the value of a black pixel ``(C,)``.
     """
-    # exact counts of the 256 levels: no rounding, whatever the number of images or threads
-    counts = torch.stack(
-        [torch.bincount(channel.flatten(), minlength=256) for channel in train.unbind(1)]
-    ).double()
-    levels = torch.arange(256, dtype=torch.float64)
-    total = counts.sum(1)
-    mean = counts @ levels / total
-    std = (counts @ levels**2 / total - mean**2).sqrt()
-    std = torch.where(std > 0, std, 1.0)  # a constant channel stays 0 instead of NaN
+    mean, std = statistics(train)
 
     def scale(images: Tensor) -> Tensor:
         values = images.to(torch.float32, memory_format=torch.channels_last)

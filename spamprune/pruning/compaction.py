@@ -285,6 +285,9 @@ def _describe(module: nn.Module) -> None:
         module.num_channels = len(weight)
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.weight_ih_l0.shape[1]
+        module.hidden_size = module.weight_hh_l0.shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 

@@ -99,8 +99,14 @@ def couple(group: tp.dependency.Group) -> Coupling:
     """
     graph = group._DG  # torch-pruning has no public way from a group to its graph
     units = list(dict.fromkeys(group.items[0].root_idxs))
-    reached = _walk(group.items[0].dep, units)
     root = layer_name(group)
+    reached = _walk(group.items[0].dep, units)
+    if any(i.root_idx is None for indices in reached.values() for i in indices):
+        raise PruningError(
+            f"{root}: some channels belong to several of its units, as in grouped-query "
+            "attention, and torch-pruning does not trace to which; add the attention's layers to "
+            "ignored_layers"
+        )
     bundles = _bundles(units, reached.values())
     for (node, _), indices in reached.items():
         lost = _check_offsets(graph, node) or _check_order(node, indices, bundles)
@@ -170,12 +176,6 @@ def _walk(root: tp.dependency.Dependency, units: list[int]) -> _Reached:
         dep, indices = stack.pop()
         node, handler = dep.target, dep.handler
         new = [i for i in indices if i not in reached[node, handler]]
-        if any(i.root_idx is None for i in new):
-            raise PruningError(
-                f"{node.name}: its units are shared by several of the units that it is coupled "
-                "with, as in grouped-query attention, which torch-pruning does not trace; add the "
-                "attention's layers to ignored_layers"
-            )
         reached[node, handler].update(new)
         for edge in node.dependencies if new else ():
             if edge.is_triggered_by(handler):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError, PruningError, nearest
-from spamprune.pruning.axes.axis import Axis, indices, leaves
+from spamprune.pruning.axes.axis import Axis, factors, indices, leaves
 from spamprune.pruning.axes.operations import SPACE
 from spamprune.pruning.axes.trace import Trace
 from spamprune.pruning.slices import Slice, sum_over_units
@@ -75,12 +75,13 @@ def groups(
     found: list[Group] = []
     notes: list[str] = []
     names: set[str] = set()
+    primary = _primary(trace)
     for axis, slices in pieces.items():
         if axis.size < 2 or not any(s.name in parameters for s in slices):
             continue
         producer = _producer(slices, parameters)
         layer = producer.name.rpartition(".")[0] or producer.name
-        kind = _kind(axis)
+        kind = _kind(axis, primary.get(axis))
         if axis.fixed:
             if kind in kinds and producer.dim == 0 and _is_output(modules.get(layer), axis):
                 notes.append(f"{layer}: {axis.size} {_WORDS[kind]} left whole: {axis.fixed}")
@@ -136,10 +137,38 @@ def _is_output(module: nn.Module | None, axis: Axis) -> bool:
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not inherent
 
 
-def _kind(axis: Axis) -> Kind:
-    for role in ("heads", "head_dims", "groups", "group_dims"):
-        if role in axis.roles:
-            return role  # type: ignore[return-value]
+def _primary(trace: Trace) -> dict[Axis, Axis]:
+    """Return, for each leaf inside a product, the leaf beside it that is pruned in its stead.
+
+    Where a dimension is heads × depth or groups × channels, removing a fraction of both would remove
+    it twice. First come heads and groups, then the factor with the most positions.
+    """
+    found: dict[Axis, Axis] = {}
+    for axes in trace.tensors.values():
+        for axis in axes:
+            parts = factors(axis)
+            free = [p for p in parts if any(not leaf.fixed for leaf in leaves(p))]
+            if len(parts) < 2 or not free:
+                continue
+            first = max(free, key=_priority)
+            for part in parts:
+                if part is not first:
+                    found |= dict.fromkeys(leaves(part), next(leaves(first)))
+    return found
+
+
+def _priority(axis: Axis) -> tuple[bool, bool, int]:
+    roles = {role for leaf in leaves(axis) for role in leaf.roles}
+    return "heads" in roles, "groups" in roles, axis.size
+
+
+def _kind(axis: Axis, primary: Axis | None) -> Kind:
+    if "heads" in axis.roles:
+        return "heads"
+    if primary is not None:
+        return "head_dims" if "heads" in primary.roles else "group_dims"
+    if "groups" in axis.roles:
+        return "groups"
     return "width" if "residual" in axis.roles else "hidden"
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from operator import floordiv, mul
 
-from spamprune.pruning.axes.axis import Axis, factors, fix, product
+from spamprune.pruning.axes.axis import Axis, factors, fix, leaves, pieces, product
 from spamprune.pruning.axes.sizes import Attribute, Expression, Operation
 
 #: Leaf → the units that it loses in each step.
@@ -38,11 +38,15 @@ def add(
     steps = [_step(side) for side in sides]
     if steps[0] is None or steps[1] is None:
         return False
-    (a, per_a), (b, per_b) = steps[0], steps[1]
-    if a is b:
+    (a, size_a), (b, size_b) = steps[0], steps[1]
+    common = math.lcm(size_a, size_b)
+    a = {leaf: n * (common // size_a) for leaf, n in a.items()}
+    b = {leaf: n * (common // size_b) for leaf, n in b.items()}
+    if a == b:  # equal as it is, once all but these leaves are fixed
+        return True
+    if any(a[leaf] != b[leaf] for leaf in a.keys() & b.keys()):
         return False
-    step = math.lcm(per_a, per_b)
-    return _join(bundles, {a: step // per_a, b: step // per_b})
+    return _join(bundles, a | b)
 
 
 def _sides(
@@ -71,17 +75,16 @@ def _product(expression: Expression, bound: Mapping[Attribute, Axis]) -> Axis | 
     return None if left is None or right is None else product([left, right])
 
 
-def _step(side: Axis) -> tuple[Axis, int] | None:
-    """Return the leaf that gives way, and how many positions each of its units is."""
-    parts = factors(side)
-    if any(part.form != "leaf" for part in parts):
-        return None
-    free = [part for part in parts if not part.fixed]
-    if not free:
+def _step(side: Axis) -> tuple[Bundle, int] | None:
+    """Return the fewest units that can go from a side, and how many positions these are."""
+    free = [part for part in factors(side) if not all(leaf.fixed for leaf in leaves(part))]
+    if not free or any(part.form != "leaf" or part.fixed for p in free for part in pieces(p)):
         return None
     for other in free[1:]:
         fix(other, "only whole heads or groups can go where code takes their number from its input")
-    return free[0], side.size // free[0].size
+    parts = pieces(free[0])  # the same leaf may be there several times
+    share = math.gcd(*(part.size for part in parts))
+    return {part: part.size // share for part in parts}, side.size // share
 
 
 def _join(bundles: list[Bundle], new: Bundle) -> bool:

@@ -580,6 +580,22 @@ def _convolution(call: Call) -> list[Axes]:
     return [[x[0], result, *space]]
 
 
+@rule("mkldnn_rnn_layer")
+def _lstm(call: Call) -> list[Axes]:
+    """Long short-term memory, whose weights hold four gates of the hidden size one after another."""
+    x, hidden = call.of("input"), call.of("weight1")[1]
+    tie(x[-1], call.of("weight0")[1])
+    for name in ("weight0", "weight1", "weight2", "weight3"):
+        tie(call.of(name)[0], concat([hidden] * 4))
+    for name in ("hx_", "cx_"):
+        tie(call.of(name)[-1], hidden)
+    states = [[Axis(n, fixed=call.why) for n in out.shape[:-1]] for out in call.outputs[1:3]]
+    kept = [[*x[:-1], hidden], *([*state, hidden] for state in states)]
+    rest = [[Axis(n, fixed=call.why) for n in out.shape] for out in call.outputs[3:]]
+    call.costs += [[*x, call.of("weight0")[0]], [*x[:-1], *call.of("weight1")]]
+    return kept + rest
+
+
 def _space(call: Call, axes: Axes, sizes: Sequence[int]) -> Axes:
     """Return the axes of positions in space after a sliding window went over them."""
     window = call["weight"]
@@ -662,6 +678,18 @@ def _im2col(call: Call) -> list[Axes]:
         fix(axis, call.why)
     channels = product([axes[-3], Axis(window, fixed=call.why)])
     return [[*axes[:-3], channels, Axis(call.shape[-1], fixed=call.why)]]
+
+
+@rule("col2im")
+def _col2im(call: Call) -> list[Axes]:
+    axes = call.of("self")
+    window = math.prod(call["kernel_size"])
+    parts = factor(axes[-2], [axes[-2].size // window, window])
+    if parts is None:
+        return unknown(call)
+    fix(parts[1], SPACE)
+    fix(axes[-1], SPACE)
+    return [[*axes[:-2], parts[0], *(Axis(n, fixed=SPACE) for n in call.shape[-2:])]]
 
 
 @rule("unfold")

@@ -82,7 +82,8 @@ class Trace:
                 wanted = count(axis, kept)
                 unknown = attributes_of(expression) - values.keys()
                 if not unknown:
-                    _check(expression, evaluate(expression, values, kept), wanted)
+                    if evaluate(expression, values, kept) != wanted:
+                        raise _Contradiction(expression, axis)
                     continue
                 value = solve(expression, wanted, values, kept) if len(unknown) == 1 else None
                 if value is None:
@@ -90,7 +91,7 @@ class Trace:
                 else:
                     values[unknown.pop()] = value
             if len(unsolved) == len(waiting):
-                raise _Contradiction(unsolved[0][0])
+                raise _Contradiction(*unsolved[0])
             waiting = unsolved
         return values
 
@@ -98,14 +99,9 @@ class Trace:
 class _Contradiction(PruningError):
     """A size in the code that cannot follow its axis."""
 
-    def __init__(self, expression: Expression):
+    def __init__(self, expression: Expression, axis: Axis):
         super().__init__("a size in the code cannot follow the pruned channels")
-        self.expression = expression
-
-
-def _check(expression: Expression, value: int, wanted: int) -> None:
-    if value != wanted:
-        raise _Contradiction(expression)
+        self.expression, self.axis = expression, axis
 
 
 def trace(model: nn.Module, example: Tensor) -> Trace:
@@ -149,24 +145,21 @@ def _settle(result: Trace, bound: Mapping[Attribute, Axis]) -> None:
     """Bundle or fix the axes whose sizes in the code do not follow, tried with random counts."""
     chance = random.Random(0)
     free = {leaf for axes in result.tensors.values() for axis in axes for leaf in leaves(axis)}
-    tried: set[Expression] = set()
+    tried: set[tuple[Expression, Axis]] = set()
     passed = 0
     while passed < 8:
         try:
             result.attributes(_random_counts(free, result.bundles, chance))
             passed += 1
         except _Contradiction as conflict:
-            broken = [(e, a) for e, a in result.sizes if e is conflict.expression]
-            for expression, axis in broken:
-                if expression not in tried and bundles.add(
-                    result.bundles, expression, axis, bound
-                ):
-                    tried.add(expression)
-                    continue
-                why = f"its size cannot follow {', '.join(_names(expression)) or 'the code'}"
-                fix(axis, why)
-                _fix_all(expression, result, why)
-                result.sizes.remove((expression, axis))
+            expression, axis = pair = (conflict.expression, conflict.axis)
+            if pair not in tried and bundles.add(result.bundles, expression, axis, bound):
+                tried.add(pair)
+                continue
+            why = f"its size cannot follow {', '.join(_names(expression)) or 'the code'}"
+            fix(axis, why)
+            _fix_all(expression, result, why)
+            result.sizes.remove(pair)
     bundles.settle(result.bundles)
 
 
