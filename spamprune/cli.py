@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
+from spamprune.commands import artifacts, prune, zoo
+from spamprune.commands.output import console
 from spamprune.errors import RecipeError, SpampruneError
 from spamprune.recipe import library
 from spamprune.recipe.load import check, describe, load
@@ -36,7 +36,6 @@ _SURROUNDINGS = {  # what the machine refuses; other OSErrors are bugs and keep 
     errno.EPERM,
     errno.EROFS,
 }
-_WIDE = 200  # columns, where the output is no terminal
 
 
 class _Commands(TyperGroup):
@@ -124,9 +123,9 @@ def run(
 
     folder = out if out is not None else Path("runs") / checked.name
     results = run_recipe(checked, folder, resume=resume, jobs=jobs)
-    console = Console(width=None if sys.stdout.isatty() else _WIDE)
+    screen = console()
     for table in tables(results):
-        console.print(table)
+        screen.print(table)
     typer.echo(f"report: {folder / 'report.html'}")
 
 
@@ -173,6 +172,12 @@ def report(
     from spamprune.report.page import write
 
     typer.echo(f"report: {write(folder)}")
+
+
+app.command()(prune.prune)
+app.command()(artifacts.push)
+app.command()(artifacts.export)
+app.add_typer(zoo.app, name="zoo")
 
 
 def _plan(recipe: Recipe) -> str:

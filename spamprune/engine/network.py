@@ -162,5 +162,7 @@ def _pretrained(name: str) -> Network:
             f"the pretrained weights of {name!r} cannot be downloaded ({hub.first_line(error)}): "
             f"{way_out}"
         ) from error
-    model = models.create(name, pretrained=True, pretrained_cfg_overlay={"file": path})
+    # a file of timm's own names, not of the authors' that custom_load would translate
+    overlay = {"file": path, "custom_load": False}
+    model = models.create(name, pretrained=True, pretrained_cfg_overlay=overlay)
     return Network(model, settings.hf_hub_id, settings.license)

@@ -83,9 +83,7 @@ def _attributes(model: nn.Module, traced: Trace, kept: dict[Axis, int]) -> Attri
     return found
 
 
-def _scalings(
-    traced: Trace, kept: dict[Axis, int], attributes: Attributes
-) -> tuple[Scaling, ...]:
+def _scalings(traced: Trace, kept: dict[Axis, int], attributes: Attributes) -> tuple[Scaling, ...]:
     """Return what keeps the logits of attention; note the scales that modules must store."""
     rows: dict[tuple[str, int], tuple[set[int], float]] = {}
     for fold in traced.folds:

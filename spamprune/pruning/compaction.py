@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
 
@@ -137,24 +138,28 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PruningError: The plan was made for another model, or for this one in another shape.
     """
-    small = copy.deepcopy(model)
-    _scale(small, plan)
-    _cut(small, plan)
+    small = _copy(model, _smaller(model, plan))
     _set_attributes(small, plan)
+    changed = {cut.tensor.rpartition(".")[0] for cut in plan.cuts} | plan.attributes.keys()
+    for path, module in small.named_modules():
+        if path in changed:
+            _describe(module)
+        cache = getattr(module, "attention_bias_cache", None)
+        if isinstance(cache, dict):
+            cache.clear()
     return small
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` in full shape with the planned units' parameters at zero."""
-    copied = copy.deepcopy(model)
-    parameters = dict(copied.named_parameters())
-    with torch.no_grad():
-        for cut in plan.cuts:
-            _check(copied, cut)
-            if cut.tensor in parameters:
-                tensor = parameters[cut.tensor]
-                tensor.index_fill_(cut.dim, torch.tensor(cut.gone, device=tensor.device), 0)
-    return copied
+    tensors = _tensors(model)
+    zeroed: dict[str, Tensor] = {}
+    for cut in plan.cuts:
+        tensor = _checked(tensors, cut)
+        if isinstance(tensor, nn.Parameter):
+            value = zeroed.setdefault(cut.tensor, tensor.detach().clone())
+            value.index_fill_(cut.dim, torch.tensor(cut.gone, device=tensor.device), 0)
+    return _copy(model, zeroed)
 
 
 def verify(
@@ -177,7 +182,8 @@ def verify(
     Raises:
         PruningError: They are comparable and differ by more than ``tolerance``.
     """
-    apart = difference(masked(model, plan), small, example)
+    reference = masked(model, plan)
+    apart = difference(outputs_of(reference, example), outputs_of(small, example))
     if plan.comparable and not apart <= tolerance:
         raise PruningError(
             f"the compacted {type(model).__name__} differs from its masked original by "
@@ -186,34 +192,43 @@ def verify(
     return apart
 
 
-def difference(reference: nn.Module, small: nn.Module, example: Tensor) -> float:
+def difference(expected: object, found: object) -> float:
     """Return the largest difference of two networks' outputs, relative to the first's largest."""
-    with evaluation_mode(reference), evaluation_mode(small), torch.no_grad():
-        expected, got = _tensors(reference(example)), _tensors(small(example))
-    largest = max(t.abs().max().item() for t in expected)
-    worst = max((a - b).abs().max().item() for a, b in zip(expected, got, strict=True))
+    first, second = _floats(expected), _floats(found)
+    largest = max(t.abs().max().item() for t in first)
+    worst = max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
     return worst / max(largest, 1e-12)
 
 
-def _tensors(output: object) -> list[Tensor]:
+def outputs_of(model: nn.Module, example: Tensor) -> object:
+    """Return what ``model`` gives for ``example`` in evaluation mode."""
+    with evaluation_mode(model), torch.no_grad():
+        return model(example)
+
+
+def _floats(output: object) -> list[Tensor]:
     return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _places(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Return for each tensor, by its first name, every module and key that holds it."""
-    names: dict[int, str] = {}
-    found: dict[str, list[tuple[nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                name = names.setdefault(id(tensor), f"{path}.{key}" if path else key)
-                found.setdefault(name, []).append((module, key))
-    return found
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _check(model: nn.Module, cut: Cut) -> Tensor:
+def _copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a deep copy of ``model`` with some of its tensors replaced, wherever they are used."""
+    replaced: dict[int, object] = {}
+    for name, old in _tensors(model).items():
+        if name in tensors:
+            new = tensors[name]
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, old.requires_grad)
+            replaced[id(old)] = new
+    return copy.deepcopy(model, replaced)
+
+
+def _checked(tensors: Mapping[str, Tensor], cut: Cut) -> Tensor:
     """Return the tensor that is cut, once it is known to have the expected size."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if cut.tensor not in tensors:
         raise PruningError(f"the plan's tensor {cut.tensor!r}: {nearest(cut.tensor, tensors)}")
     tensor = tensors[cut.tensor]
@@ -227,44 +242,25 @@ def _check(model: nn.Module, cut: Cut) -> Tensor:
 
 
 @torch.no_grad()
-def _scale(model: nn.Module, plan: Plan) -> None:
-    parameters = dict(model.named_parameters())
+def _smaller(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Return every tensor that changes, scaled and cut."""
+    tensors = _tensors(model)
+    result: dict[str, Tensor] = {}
     for scaling in plan.scalings:
-        if scaling.tensor not in parameters:
-            hint = nearest(scaling.tensor, parameters)
+        if scaling.tensor not in tensors:
+            hint = nearest(scaling.tensor, tensors)
             raise PruningError(f"the plan's tensor {scaling.tensor!r}: {hint}")
-        tensor = parameters[scaling.tensor]
+        tensor = result.setdefault(scaling.tensor, tensors[scaling.tensor].detach().clone())
         rows = torch.tensor(scaling.rows, device=tensor.device)
-        tensor.index_copy_(scaling.dim, rows, tensor.index_select(scaling.dim, rows) * scaling.factor)
-
-
-def _cut(model: nn.Module, plan: Plan) -> None:
-    places = _places(model)
-    smaller: dict[str, Tensor] = {}
+        scaled = tensor.index_select(scaling.dim, rows) * scaling.factor
+        tensor.index_copy_(scaling.dim, rows, scaled)
     for cut in plan.cuts:
-        tensor = _check(model, cut)
+        tensor = _checked(tensors, cut)
         keep = torch.ones(cut.size, dtype=torch.bool)
         keep[list(cut.gone)] = False
-        smaller[cut.tensor] = (
-            smaller.get(cut.tensor, tensor)
-            .detach()
-            .index_select(cut.dim, keep.nonzero()[:, 0].to(tensor.device))
-        )
-    for name, tensor in smaller.items():
-        module, key = places[name][0]
-        old = getattr(module, key)
-        # clone: a selection of a channels-last tensor may keep another layout
-        new = tensor.clone(memory_format=torch.preserve_format)
-        value = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        for module, key in places[name]:
-            setattr(module, key, value)
-    touched = {id(module) for name in smaller for module, _ in places[name]}
-    for module in model.modules():
-        if id(module) in touched:
-            _describe(module)
-        cache = getattr(module, "attention_bias_cache", None)
-        if isinstance(cache, dict):
-            cache.clear()
+        kept = keep.nonzero()[:, 0].to(tensor.device)
+        result[cut.tensor] = result.get(cut.tensor, tensor.detach()).index_select(cut.dim, kept)
+    return result
 
 
 def _describe(module: nn.Module) -> None:
@@ -286,10 +282,14 @@ def _describe(module: nn.Module) -> None:
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
     elif isinstance(module, nn.RNNBase):
-        module.input_size = module.weight_ih_l0.shape[1]
-        module.hidden_size = module.weight_hh_l0.shape[1]
+        module.input_size = _size(module, "weight_ih_l0", 1)
+        module.hidden_size = _size(module, "weight_hh_l0", 1)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
+
+
+def _size(module: nn.Module, name: str, dim: int) -> int:
+    return int(dict(module.named_parameters(recurse=False))[name].shape[dim])
 
 
 def _set_attributes(model: nn.Module, plan: Plan) -> None:
@@ -302,6 +302,3 @@ def _set_attributes(model: nn.Module, plan: Plan) -> None:
             if old is None:
                 raise PruningError(f"the plan sets {path}.{name}, which the model lacks")
             setattr(modules[path], name, tuple(value) if isinstance(old, tuple) else value)  # type: ignore[arg-type]
-    for module in modules.values():  # its groups may just have changed
-        if isinstance(module, nn.modules.conv._ConvNd) and module.groups > 1:
-            _describe(module)

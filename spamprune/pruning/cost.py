@@ -29,7 +29,7 @@ def macs(model: nn.Module, example: Tensor) -> int:
             FlopCounterMode(display=False) as counter,
             sdpa_kernel(SDPBackend.MATH),
         ):
-            # without gradients: the counter's hooks fail on parameters that are passed between modules
+            # the counter's hooks fail on parameters that are passed between modules
             frozen = {name: p.detach() for name, p in model.named_parameters()}
             torch.func.functional_call(model, frozen, (example,))
     finally:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PruningError, nearest
 from spamprune.pruning import cost, trial
 from spamprune.pruning.assemble import assemble
@@ -127,8 +129,8 @@ def plan(
     ``uniform`` removes ``int(ratio · n)`` of the n units of each layer (the paper's); ``global``
     lets all units compete by importance, ``isomorphic`` those of groups that hold the same kinds of
     layers (Fang et al. 2024). A budget is met by the mildest pruning that fits it. The pruned
-    network is tried on ``example``: a group without whose units it fails, or differs from its
-    masked original where it must not, is left whole, and the plan's notes say so.
+    network is tried on ``example``: a group without whose units it fails is left whole, and the
+    plan's notes say so. Whether the numbers are right is for :func:`verify` to say.
 
     Args:
         model: The trained network; it is left as it is.
@@ -159,11 +161,19 @@ def plan(
         search = _Search(model, example, traced, candidates, ranking, target)
         counts, achieved = search.run()
         wanted = _Wanted(model, traced, candidates, counts, ranking, target, achieved)
-        broken = trial.broken(model, example, wanted.parts(), wanted.plan)
+        whole, parts = wanted.plan(None), wanted.parts()
+        prune = partial(_prune, wanted, whole, parts)
+        broken = trial.broken(example, traced.outputs, parts, prune)
         if not broken:
-            return wanted.plan(None, (*notes, *search.notes, *_floors(candidates, counts)))
+            floors = _floors(candidates, counts)
+            return replace(whole, notes=(*notes, *search.notes, *floors))
         notes += [f"{layer}: left whole: {why}" for layer, why in broken.items()]
         candidates = [c for c in candidates if c.name not in broken]
+
+
+def _prune(wanted: _Wanted, whole: Plan, parts: Sequence[str], chosen: Sequence[str]) -> nn.Module:
+    """Return the network without the units of some parts."""
+    return apply(wanted.model, whole if chosen == parts else wanted.plan(chosen))
 
 
 def check_reachable(
@@ -221,13 +231,14 @@ def _candidates(
             hint = nearest(pattern, [g.layer for g in found])
             raise PruningError(f"no layer to prune is called {pattern!r}: {hint}")
     candidates, notes = [], []
+    trainable = named_parameters(model)
     for bundle in _bundles(traced, found):
         present = {g.axis.root(): g for g in bundle[1]}
         names = ", ".join(g.layer for g in bundle[1][:3])
         if len(present) < len(bundle[0]):
             notes.append(f"{names}: left whole: its number must follow another that stays")
             continue
-        values = [importance(model, g, scores) for g in bundle[1]]
+        values = [importance(trainable, g, scores) for g in bundle[1]]
         if any(value is None for value in values):
             notes.append(f"{names}: left whole: nothing in its group is trainable")
             continue
@@ -249,9 +260,7 @@ def _candidates(
     return candidates, notes
 
 
-def _bundles(
-    traced: Trace, found: Sequence[Group]
-) -> list[tuple[Mapping[Axis, int], list[Group]]]:
+def _bundles(traced: Trace, found: Sequence[Group]) -> list[tuple[Mapping[Axis, int], list[Group]]]:
     """Return the groups that lose units in step, with the units that each axis loses."""
     result: list[tuple[Mapping[Axis, int], list[Group]]] = []
     seen: set[int] = set()
@@ -392,8 +401,9 @@ def _order(candidates: Sequence[_Candidate], ranking: Ranking) -> list[tuple[flo
     for i, c in enumerate(candidates):
         if c.ratio is not None:
             continue
+        steps = c.steps
         entries += [
-            (value if ranking != "uniform" else (rank + 1) / c.steps, i)
+            (value if ranking != "uniform" else (rank + 1) / steps, i)
             for rank, value in enumerate(c.importance.tolist()[: c.most])
         ]
     entries.sort()
@@ -446,15 +456,13 @@ class _Wanted:
     target: Target
     achieved: float
 
-    def parts(self) -> dict[str, bool]:
-        """Return the candidates that lose units, and whether mask and compaction may differ."""
-        return {
-            c.name: any(m.group.joint for m in c.members)
-            for c in self.candidates
-            if any(self.counts[m.group.layer] for m in c.members)
-        }
+    def parts(self) -> list[str]:
+        """Return the candidates that lose units."""
+        return [
+            c.name for c in self.candidates if any(self.counts[m.group.layer] for m in c.members)
+        ]
 
-    def plan(self, only: Iterable[str] | None, notes: Iterable[str] = ()) -> Plan:
+    def plan(self, only: Iterable[str] | None) -> Plan:
         """Return the plan for the candidates in ``only``, None for all."""
         chosen = None if only is None else set(only)
         pruned = {}
@@ -470,5 +478,4 @@ class _Wanted:
             ranking=self.ranking,
             target={key: value},
             achieved={key: self.achieved},
-            notes=tuple(notes),
         )

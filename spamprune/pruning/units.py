@@ -11,7 +11,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError, PruningError, nearest
 from spamprune.pruning.axes.axis import Axis, factors, indices, leaves
 from spamprune.pruning.axes.operations import SPACE
@@ -140,8 +139,8 @@ def _is_output(module: nn.Module | None, axis: Axis) -> bool:
 def _primary(trace: Trace) -> dict[Axis, Axis]:
     """Return, for each leaf inside a product, the leaf beside it that is pruned in its stead.
 
-    Where a dimension is heads × depth or groups × channels, removing a fraction of both would remove
-    it twice. First come heads and groups, then the factor with the most positions.
+    Where a dimension is heads × depth or groups × channels, removing a fraction of both would
+    remove it twice. First come heads and groups, then the factor with the most positions.
     """
     found: dict[Axis, Axis] = {}
     for axes in trace.tensors.values():
@@ -208,11 +207,13 @@ def _matching(model: nn.Module, patterns: Iterable[str]) -> set[str]:
 
 
 @torch.no_grad()
-def importance(model: nn.Module, group: Group, scores: Mapping[str, Tensor]) -> Tensor | None:
+def importance(
+    trainable: Mapping[str, Tensor], group: Group, scores: Mapping[str, Tensor]
+) -> Tensor | None:
     """Return the importance of each unit: the sum of the scores of all that goes with it.
 
     Args:
-        model: The network.
+        trainable: The network's trainable parameters by name.
         group: One of its groups.
         scores: A score for every trainable parameter, by name.
 
@@ -223,7 +224,6 @@ def importance(model: nn.Module, group: Group, scores: Mapping[str, Tensor]) -> 
         PosteriorError: A parameter has no score, or one of another shape.
         PruningError: A score is not a number.
     """
-    trainable = named_parameters(model)
     pieces = [piece for piece in group.pieces if piece.name in trainable]
     for piece in pieces:
         score, parameter = scores.get(piece.name), trainable[piece.name]

@@ -1,4 +1,4 @@
-"""Which positions of which tensors belong together: the axes of a network, found in one forward pass.
+"""Which positions of which tensors belong together, found in one forward pass.
 
 ``axis`` says what an axis is and how two are tied, ``operations`` what each tensor operation does
 with the axes of its inputs, ``sizes`` where the numbers in a module's code come from, and ``trace``

@@ -1,9 +1,9 @@
 """Axes: the positions along a dimension, and what they have in common with those of others.
 
 A dimension of a tensor is a *leaf* (units of one kind), a row-major *product* of axes (heads ×
-dimensions of a head) or a *concatenation* of axes (what ``torch.cat`` joined). Operations tie axes to
-each other and lay them open: splitting 192 channels into 3 heads turns a leaf into a product wherever
-that leaf occurs. What are leaves in the end are the kinds of units that can be removed.
+dimensions of a head) or a *concatenation* of axes (what ``torch.cat`` joined). Operations tie axes
+to each other and lay them open: splitting 192 channels into 3 heads turns a leaf into a product
+wherever that leaf occurs. What are leaves in the end are the kinds of units that can be removed.
 """
 
 from __future__ import annotations

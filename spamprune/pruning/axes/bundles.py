@@ -1,8 +1,8 @@
 """Axes of which code wants products of counts to stay equal.
 
-``B, N, C = x.shape; …; x.reshape(B, N, C)`` at the end of an attention asks that heads × depth stay
-equal to the width of the input, though their positions have nothing to do with each other. The leaves
-of such an equation are a *bundle*: they lose units in step.
+``B, N, C = x.shape; …; x.reshape(B, N, C)`` at the end of an attention asks that heads × depth
+stay equal to the width of the input, though their positions have nothing to do with each other. The
+leaves of such an equation are a *bundle*: they lose units in step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Python code says of sizes: which attribute, number or other size it gives to an operation."""
+"""What code says of sizes: which attribute, number or other size it gives to an operation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Code(TorchFunctionMode):
                 self.recorder.bind(expression_of(size), axis)
 
 
-_SHAPE = torch.Tensor.shape.__get__
+_SHAPE = vars(torch.Tensor.__base__)["shape"].__get__
 
 
 def _flat(sizes: Sequence[Any]) -> Sequence[Any]:

@@ -54,9 +54,12 @@ class Fold:
 
 
 _LAYOUT = frozenset(
-    "view _unsafe_view reshape _reshape_alias permute transpose t expand clone _to_copy alias "
-    "detach unsqueeze squeeze contiguous neg slice select unbind split split_with_sizes repeat "
-    "roll flip index constant_pad_nd index_select".split()
+    (
+        *("view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t"),
+        *("expand", "clone", "_to_copy", "alias", "detach", "unsqueeze", "squeeze", "contiguous"),
+        *("neg", "slice", "select", "unbind", "split", "split_with_sizes", "repeat", "roll"),
+        *("flip", "index", "constant_pad_nd", "index_select"),
+    )
 )
 _Range = tuple[Axis, int, int]
 
@@ -130,7 +133,7 @@ def _note(
 
 
 def _within(axis: Axis, part: Axis, start: int, stop: int) -> Tensor:
-    """Tell for each position whether it is in the range of ``part``, if it is in ``part`` at all."""
+    """Tell which positions are in a range of ``part``, or not in ``part`` at all."""
     place = indices(axis, part)
     return (place < 0) | ((place >= start) & (place < stop))
 

@@ -1,8 +1,8 @@
 """What each tensor operation does with the axes of its inputs.
 
-A rule gets a :class:`Call` and returns the axes of each output, tying axes of inputs on the way. The
-operations are those of ATen, of which everything in torch is made, so a network may call what it
-likes. An operation without a rule is safe: it fixes every axis that goes into it.
+A rule gets a :class:`Call` and returns the axes of each output, tying axes of inputs on the way.
+The operations are those of ATen, of which everything in torch is made, so a network may call what
+it likes. An operation without a rule is safe: it fixes every axis that goes into it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ Axes = list[Axis]
 
 #: Why positions in space, and those of kernels, stay.
 SPACE = "positions in space"
+
 
 class Call:
     """One call of an ATen operation during a trace.
@@ -158,10 +159,9 @@ def pointwise(call: Call) -> list[Axes]:
 
 
 # element-wise operations that torch does not tag as such
-rule(
-    *"hardswish hardsigmoid hardtanh threshold _prelu_kernel masked_fill mish celu".split(),
-    *"softplus log_sigmoid_forward dropout rsub fill lerp".split(),
-)(pointwise)
+rule("hardswish", "hardsigmoid", "hardtanh", "threshold", "_prelu_kernel", "masked_fill")(pointwise)
+rule("mish", "celu", "softplus", "log_sigmoid_forward", "dropout", "rsub", "fill")(pointwise)
+rule("lerp")(pointwise)
 
 
 def _added(call: Call, tensors: list[Tensor]) -> Axes:
@@ -582,7 +582,7 @@ def _convolution(call: Call) -> list[Axes]:
 
 @rule("mkldnn_rnn_layer")
 def _lstm(call: Call) -> list[Axes]:
-    """Long short-term memory, whose weights hold four gates of the hidden size one after another."""
+    """Long short-term memory: the rows of its weights are four gates one after another."""
     x, hidden = call.of("input"), call.of("weight1")[1]
     tie(x[-1], call.of("weight0")[1])
     for name in ("weight0", "weight1", "weight2", "weight3"):
@@ -599,10 +599,11 @@ def _lstm(call: Call) -> list[Axes]:
 def _space(call: Call, axes: Axes, sizes: Sequence[int]) -> Axes:
     """Return the axes of positions in space after a sliding window went over them."""
     window = call["weight"]
-    if isinstance(window, Tensor) and len(axes) == 1 and window[:, :].numel() == window.shape[-1]:
-        if axes[0].size == sizes[0]:  # one filter over channels, as in efficient channel attention
-            mix(axes[0], call.why)
-            return axes
+    one_filter = isinstance(window, Tensor) and window.numel() == window.shape[-1]
+    if one_filter and len(axes) == 1 and axes[0].size == sizes[0]:
+        # over channels, as in efficient channel attention
+        mix(axes[0], call.why)
+        return axes
     for axis in axes:
         fix(axis, SPACE)
     return [Axis(n, fixed=SPACE) for n in sizes]

@@ -1,9 +1,9 @@
 """Integers that remember where they come from.
 
-Code such as ``x.reshape(B, N, 3, self.num_heads, C // self.num_heads)`` keeps sizes in attributes of
-modules and takes others from tensors. While a network is traced, both are :class:`Size`, an ``int``
-that carries its expression through arithmetic, so that it is known afterwards which attribute must
-follow which axis, and which sizes are plain numbers in the code and can never change.
+Code such as ``x.reshape(B, N, 3, self.num_heads, C // self.num_heads)`` keeps sizes in attributes
+of modules and takes others from tensors. While a network is traced, both are :class:`Size`, an
+``int`` that carries its expression through arithmetic, so that it is known afterwards which
+attribute must follow which axis, and which sizes are plain numbers and can never change.
 """
 
 from __future__ import annotations

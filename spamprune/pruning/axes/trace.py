@@ -51,10 +51,12 @@ class Trace:
         costs: For each matrix product, axes whose sizes multiply to its multiply-accumulates.
         sizes: Sizes in the code and the axes that they must equal.
         folds: Attention whose logits change their scale with the depth of a head.
+        outputs: Shapes of the network's outputs.
         bundles: Leaves that lose units in step, since code wants their counts to stay equal.
     """
 
     tensors: dict[str, Axes]
+    outputs: list[torch.Size]
     costs: list[Axes] = field(default_factory=list)
     sizes: list[tuple[Expression, Axis]] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
@@ -83,7 +85,7 @@ class Trace:
                 unknown = attributes_of(expression) - values.keys()
                 if not unknown:
                     if evaluate(expression, values, kept) != wanted:
-                        raise _Contradiction(expression, axis)
+                        raise _ContradictionError(expression, axis)
                     continue
                 value = solve(expression, wanted, values, kept) if len(unknown) == 1 else None
                 if value is None:
@@ -91,12 +93,12 @@ class Trace:
                 else:
                     values[unknown.pop()] = value
             if len(unsolved) == len(waiting):
-                raise _Contradiction(*unsolved[0])
+                raise _ContradictionError(*unsolved[0])
             waiting = unsolved
         return values
 
 
-class _Contradiction(PruningError):
+class _ContradictionError(PruningError):
     """A size in the code that cannot follow its axis."""
 
     def __init__(self, expression: Expression, axis: Axis):
@@ -133,12 +135,18 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
                 fix(axis, "the model's output")
     result = Trace(
         {name: recorder.axes(tensor) for name, tensor in recorder.named.items()},
+        shapes_of(output),
         recorder.costs,
         recorder.sizes,
         [fold(recorder, logits) for logits in recorder.logits],
     )
     _settle(result, recorder.bound)
     return result
+
+
+def shapes_of(output: object) -> list[torch.Size]:
+    """Return the shapes of the tensors that a network gave."""
+    return [t.shape for t in tree_leaves(output) if isinstance(t, Tensor)]
 
 
 def _settle(result: Trace, bound: Mapping[Attribute, Axis]) -> None:
@@ -151,7 +159,7 @@ def _settle(result: Trace, bound: Mapping[Attribute, Axis]) -> None:
         try:
             result.attributes(_random_counts(free, result.bundles, chance))
             passed += 1
-        except _Contradiction as conflict:
+        except _ContradictionError as conflict:
             expression, axis = pair = (conflict.expression, conflict.axis)
             if pair not in tried and bundles.add(result.bundles, expression, axis, bound):
                 tried.add(pair)
@@ -211,7 +219,7 @@ def _plain_kernels() -> Iterator[None]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Follows the axes through every operation; :class:`Code` adds what Python code says of sizes."""
+    """Follows the axes through every operation; :class:`Code` adds what code says of sizes."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -282,9 +290,9 @@ class _Recorder(TorchDispatchMode):
 
     def bind(self, size: Expression, axis: Axis) -> None:
         """Note that a size in the code is the number of positions of ``axis``."""
-        if axis.size == 1 or all(leaf.fixed for leaf in leaves(axis)):
-            if not isinstance(size, Attribute):
-                return
+        settled = axis.size == 1 or all(leaf.fixed for leaf in leaves(axis))
+        if settled and not isinstance(size, Attribute):
+            return
         if isinstance(size, int):
             fix(axis, f"its size {size} is a plain number in the code of {self.where}")
             return
@@ -302,7 +310,8 @@ class _Recorder(TorchDispatchMode):
                 f"following the network took over {LIMIT} s, up to {self.where}: give a smaller "
                 "example"
             )
-        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        several = result if isinstance(result, (tuple, list)) else [result]
+        outputs = [t for t in several if isinstance(t, Tensor)]
         name = func._schema.name.partition("::")[2]
         values = {a.name: a.default_value for a in func._schema.arguments}
         positional = [a.name for a in func._schema.arguments if not a.kwarg_only]
