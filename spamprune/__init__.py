@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spamprune import scores
-    from spamprune.artifact import export, load, push, save
+    from spamprune.artifact.export import export
+    from spamprune.artifact.load import load
+    from spamprune.artifact.push import push
+    from spamprune.artifact.save import save
     from spamprune.bayes.curvature import CurvatureMethod, preflight
     from spamprune.bayes.likelihood import Classification, Regression
     from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior

@@ -1,0 +1,373 @@
+"""Latency of a pruned ResNet and a pruned ViT on Fashion-MNIST: OPD beside torch-pruning's scores.
+
+Each network is trained by SpaM and by MAP. OPD on the SpaM network is planned for a latency of
+``LATENCY`` of the dense one's at batch ``BATCHES[0]``; the MACs that it reaches are the budget of
+every other method for that network and seed. All are fine-tuned alike. torch-pruning's importances
+work in its own ``BasePruner`` with a global ranking, by the smallest pruning ratio that fits the
+budget. "longer" is the dense network after the same fine-tuning.
+
+``python benchmarks/latency.py`` appends each row to a JSON-lines file, so that a stopped study goes
+on, and prints the tables; it takes an hour on one core. Test data is seen by the last step only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch_pruning as tp
+from accelerate import Accelerator
+from timm.layers import Attention
+from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import spamprune as sp
+from spamprune import data
+from spamprune.data.base import seeded
+from spamprune.data.tensors import TensorSplit
+from spamprune.engine.fit import Job, fit
+from spamprune.pruning import cost
+from spamprune.recipe.schema import Optimiser
+from spamprune.report import measure
+
+IMAGES = 20_000  # of the training set, another draw for each seed
+EPOCHS, FINETUNE_EPOCHS = 8, 2
+TEMPERATURE = 2.0
+LATENCY = 0.45
+BATCHES = (1, 64)
+ROUND_TO = 8
+#: Images that Taylor's and Hessian's gradients are of, in batches of 128.
+GRADIENT_IMAGES = 2560
+
+
+@dataclass(frozen=True)
+class Network:
+    """An architecture and how its weights move."""
+
+    create: Callable[[], nn.Module]
+    optimiser: Optimiser
+    finetune: Optimiser
+
+
+def _resnet() -> nn.Module:
+    """Return a ResNet of one basic block per stage; the first stage works on 14 by 14 pixels."""
+    model = ResNet(
+        BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), in_chans=1, num_classes=10
+    )
+    model.conv1 = nn.Conv2d(1, 64, 3, stride=2, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _vit() -> nn.Module:
+    return VisionTransformer(
+        img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=128, depth=4, num_heads=4
+    )
+
+
+NETWORKS = {
+    "resnet": Network(_resnet, Optimiser(lr=0.05, warmup=1), Optimiser(lr=0.02)),
+    "vit": Network(
+        _vit, Optimiser(name="adam", lr=1e-3, warmup=1), Optimiser(name="adam", lr=5e-4)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A dense network, and what it was trained on."""
+
+    model: nn.Module
+    posterior: sp.Posterior
+    network: Network
+    train: TensorSplit
+    validation: data.Split
+    test: data.Split
+    seed: int
+
+    @property
+    def example(self) -> Tensor:
+        """One image, ``(1, 1, 28, 28)``."""
+        return next(iter(self.validation.loader(1)))[0]
+
+
+def train(name: str, training: str, seed: int, folder: Path) -> Trained:
+    """Train a network, or load the checkpoint of its training, and fit its posterior."""
+    images = data.load("fashion_mnist", validation=5 / 60)
+    assert isinstance(images.train, TensorSplit)
+    chosen = torch.randperm(len(images.train), generator=seeded(seed))[:IMAGES]
+    split = replace(images.train, rows=images.train.rows[chosen])
+    torch.manual_seed(seed)
+    network = NETWORKS[name]
+    model = network.create().to(memory_format=torch.channels_last)
+    spam = sp.SpaM(
+        model,
+        len(split),
+        prior="unitwise",
+        curvature=sp.CurvatureMethod(samples=2000),
+        temperature=TEMPERATURE if training == "spam" else 1.0,
+        burn_in=0 if training == "spam" else None,
+        every=1,
+        steps=20,
+        seed=seed,
+    )
+    job = Job(
+        split, EPOCHS, 128, network.optimiser, seed, checkpoint=folder / "checkpoint.safetensors"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    fit(model, spam, job, Accelerator(cpu=True))
+    posterior = spam.posterior(split.loader(128))
+    assert images.validation is not None
+    return Trained(model, posterior, network, split, images.validation, images.test, seed)
+
+
+def finetune(small: nn.Module, trained: Trained) -> None:
+    """Train in place under a fixed N(0, 1) prior, the same for every method."""
+    small.to(memory_format=torch.channels_last)
+    spam = sp.SpaM(small, len(trained.train), prior="scalar", burn_in=None)
+    job = Job(trained.train, FINETUNE_EPOCHS, 128, trained.network.finetune, trained.seed)
+    fit(small, spam, job, Accelerator(cpu=True))
+
+
+def by_opd(trained: Trained, target: sp.Target) -> nn.Module:
+    """Prune by a plan of our own."""
+    model, example = trained.model, trained.example
+    scores = sp.scores.opd(model, trained.posterior)
+    plan = sp.plan(model, example, scores, target, ranking="global", round_to=ROUND_TO)
+    small = sp.apply(model, plan)
+    sp.verify(model, small, plan, example)
+    return small
+
+
+def by_torch_pruning(
+    trained: Trained, importance: tp.importance.Importance, gradients: str, budget: float
+) -> nn.Module:
+    """Prune by torch-pruning, with the smallest ratio that fits the budget.
+
+    Args:
+        trained: The dense network.
+        importance: One of torch-pruning's.
+        gradients: What it finds in ``parameter.grad``: see :func:`_gradients`.
+        budget: Fraction of the MACs that may remain.
+    """
+    found = _gradients(trained, gradients)
+    most = budget * cost.macs(trained.model, trained.example)
+    low, high = 0.0, 1.0
+    best: nn.Module | None = None
+    while high - low > 1 / 512:
+        ratio = (low + high) / 2
+        small = _step(trained, importance, found, ratio)
+        if small is not None and cost.macs(small, trained.example) > most:
+            low = ratio
+        else:
+            high, best = ratio, small or best
+    assert best is not None, "torch-pruning reaches no such budget"
+    return best
+
+
+def _step(
+    trained: Trained,
+    importance: tp.importance.Importance,
+    gradients: dict[str, Tensor],
+    ratio: float,
+) -> nn.Module | None:
+    """Return the network that one step of a BasePruner leaves; None without any head in a layer."""
+    small = copy.deepcopy(trained.model)
+    for name, parameter in small.named_parameters():
+        parameter.grad = gradients[name].clone() if gradients else None
+    attentions = [m for m in small.modules() if isinstance(m, Attention)]
+    for attention in attentions:
+        attention.fused_attn = False  # torch-pruning cannot trace the fused one
+    pruner = tp.pruner.BasePruner(
+        small,
+        trained.example,
+        importance,
+        global_pruning=True,
+        pruning_ratio=ratio,
+        ignored_layers=[small.get_classifier()],
+        round_to=ROUND_TO,
+        num_heads={attention.qkv: attention.num_heads for attention in attentions},
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=ratio,
+        # its defaults are shared by all pruners of a process
+        in_channel_groups={},
+        out_channel_groups={},
+        channel_groups={},
+    )
+    pruner.step()
+    for attention in attentions:
+        attention.num_heads = pruner.num_heads[attention.qkv]
+        if attention.num_heads == 0:
+            return None
+        attention.attn_dim = attention.qkv.out_features // 3
+        attention.head_dim = attention.attn_dim // attention.num_heads
+        attention.fused_attn = True
+    small.zero_grad()
+    return small
+
+
+def _gradients(trained: Trained, kind: str) -> dict[str, Tensor]:
+    """Return what an importance expects in ``parameter.grad``.
+
+    Args:
+        trained: The dense network.
+        kind: ``"first"``: gradients of the loss, summed over batches as in torch-pruning's examples;
+            ``"second"``: means of squared per-sample gradients, which is what its
+            ``accumulate_grad`` is meant to collect (that of 1.6.1 keeps the last sample only);
+            ``""``: nothing.
+    """
+    model = trained.model
+    rows = trained.train.rows[:GRADIENT_IMAGES]
+    loader = replace(trained.train, rows=rows).loader(128)
+    if kind == "second":
+        method = sp.CurvatureMethod(labels="ef", estimator="exact")
+        posterior = sp.fit_posterior(model, loader, curvature=method)
+        return {n: h / len(rows) for n, h in posterior.curvature.diag.items()}
+    if kind == "first":
+        model.eval().zero_grad()
+        for inputs, targets in loader:
+            F.cross_entropy(model(inputs), targets).backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+    return {}
+
+
+PEERS: dict[str, tuple[Callable[[], tp.importance.Importance], str]] = {
+    "magnitude": (tp.importance.GroupMagnitudeImportance, ""),
+    "taylor": (tp.importance.GroupTaylorImportance, "first"),
+    "hessian": (tp.importance.GroupHessianImportance, "second"),
+    "lamp": (tp.importance.LAMPImportance, ""),
+    "fpgm": (tp.importance.FPGMImportance, ""),
+}
+
+
+@torch.no_grad()
+def latencies(dense: nn.Module, small: nn.Module, example: Tensor) -> tuple[float, float]:
+    """Return the median seconds of both, timed in turns so that both see the same machine."""
+    models = (dense.eval(), small.eval())
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(max(30, 300 // len(example))):
+        for model, mine in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model(example)
+            mine.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def accuracy(model: nn.Module, split: data.Split) -> float:
+    """Return the accuracy in percent."""
+    return measure.quality(model, split.loader(1000)).accuracy
+
+
+def row(trained: Trained, method: str, budget: float | None) -> dict[str, Any]:
+    """Prune, fine-tune and measure; without a budget OPD is planned for the latency."""
+    dense, example = trained.model, trained.example
+    started = time.process_time()
+    if method in ("dense", "longer"):
+        small = copy.deepcopy(dense)
+    elif method == "opd":
+        target = sp.Target(latency=LATENCY) if budget is None else sp.Target(macs=budget)
+        small = by_opd(trained, target)
+    else:
+        importance, gradients = PEERS[method]
+        small = by_torch_pruning(trained, importance(), gradients, budget or 1)
+    planned = time.process_time() - started
+    just_pruned = accuracy(small, trained.validation)
+    if method != "dense":
+        finetune(small, trained)
+    times = {
+        n: latencies(dense, small, example.expand(n, -1, -1, -1).contiguous()) for n in BATCHES
+    }
+    return {
+        "just_pruned": just_pruned,
+        "validation": accuracy(small, trained.validation),
+        "test": accuracy(small, trained.test),
+        "macs": cost.macs(small, example) / cost.macs(dense, example),
+        "params": cost.params(small) / cost.params(dense),
+        "milliseconds": {n: 1000 * t[1] for n, t in times.items()},
+        "speedup": {n: t[0] / t[1] for n, t in times.items()},
+        "load": os.getloadavg()[0],
+        "planned": planned,
+        "seconds": time.process_time() - started,
+    }
+
+
+def table(lines: Iterable[dict[str, Any]]) -> str:
+    """Return a Markdown table of means ± standard errors over seeds."""
+    head = ["training", "method", "seeds", "MACs", "parameters"]
+    head += [f"speed-up, batch {n}" for n in BATCHES]
+    head += ["just pruned, held out", "fine-tuned, held out", "test", "test, against dense"]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        groups.setdefault((line["training"], line["method"]), []).append(line)
+    for (training, method), mine in groups.items():
+        dense = {x["seed"]: x["test"] for x in groups[training, "dense"]}
+        cells = [
+            _cell([100 * x["macs"] for x in mine], "%"),
+            _cell([100 * x["params"] for x in mine], "%"),
+            *(_cell([x["speedup"][str(n)] for x in mine], "×", 2) for n in BATCHES),
+            *(_cell([x[key] for x in mine]) for key in ("just_pruned", "validation", "test")),
+            _cell([x["test"] - dense[x["seed"]] for x in mine], digits=2, sign="+"),
+        ]
+        rows.append(f"| {training} | {method} | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _cell(values: list[float], unit: str = "", digits: int = 1, sign: str = "") -> str:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {error:.{digits}f}{unit}"
+
+
+def main() -> None:
+    """Run what is missing, then print the tables of what is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/latency"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "rows.jsonl"
+
+    def lines() -> list[dict[str, Any]]:
+        return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+
+    def find(*key: str | int) -> dict[str, Any] | None:
+        names = ("network", "training", "seed", "method")
+        return next((x for x in lines() if tuple(x[n] for n in names) == key), None)
+
+    for training in ("spam", "map"):
+        for seed in options.seeds:
+            for network in options.networks:
+                trained: Trained | None = None
+                for method in ("dense", "longer", "opd", *PEERS):
+                    if find(network, training, seed, method):
+                        continue
+                    folder = options.out / f"{network}-{training}-{seed}"
+                    trained = trained or train(network, training, seed, folder)
+                    ours = find(network, "spam", seed, "opd")
+                    found = row(trained, method, ours["macs"] if ours else None)
+                    key = dict(network=network, training=training, seed=seed, method=method)
+                    with file.open("a") as out:
+                        out.write(json.dumps(key | found) + "\n")
+    for network in NETWORKS:
+        print(f"\n### {network}\n\n{table(x for x in lines() if x['network'] == network)}")
+
+
+if __name__ == "__main__":
+    main()
