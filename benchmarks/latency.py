@@ -223,7 +223,7 @@ def _gradients(trained: Trained, kind: str) -> dict[str, Tensor]:
 
     Args:
         trained: The dense network.
-        kind: ``"first"``: gradients of the loss, summed over batches as in torch-pruning's examples;
+        kind: ``"first"``: gradients of the loss, summed over batches as its examples do;
             ``"second"``: means of squared per-sample gradients, which is what its
             ``accumulate_grad`` is meant to collect (that of 1.6.1 keeps the last sample only);
             ``""``: nothing.
@@ -362,9 +362,9 @@ def main() -> None:
                     trained = trained or train(network, training, seed, folder)
                     ours = find(network, "spam", seed, "opd")
                     found = row(trained, method, ours["macs"] if ours else None)
-                    key = dict(network=network, training=training, seed=seed, method=method)
+                    key = {"network": network, "training": training, "seed": seed}
                     with file.open("a") as out:
-                        out.write(json.dumps(key | found) + "\n")
+                        out.write(json.dumps(key | {"method": method} | found) + "\n")
     for network in NETWORKS:
         print(f"\n### {network}\n\n{table(x for x in lines() if x['network'] == network)}")
 

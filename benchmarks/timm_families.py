@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# fmt: off
 #: The smallest member of each module of timm 1.0.31 that can be built.
 FAMILIES = [
-    # fmt: off
     "beit_base_patch16_224",
     "halonet_h1",
     "mobileone_s0",
@@ -125,8 +125,8 @@ FAMILIES = [
     "legacy_xception",
     "xception41p",
     "xcit_nano_12_p8_224",
-    # fmt: on
 ]
+# fmt: on
 
 
 def network(name: str) -> tuple[nn.Module, Tensor]:

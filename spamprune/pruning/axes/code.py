@@ -26,6 +26,7 @@ class Code(TorchFunctionMode):
     def __init__(self, recorder: _Recorder):
         super().__init__()
         self.recorder = recorder
+        self.span = range(0)  # of the operations that the present call is made of
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -34,7 +35,9 @@ class Code(TorchFunctionMode):
                 return COMPOSITES[func](*args, **kwargs)
         if func in (_SHAPE, torch.Tensor.size):
             return self._shape(func(*args, **kwargs), args[0])
+        start = self.recorder.calls
         result = func(*args, **kwargs)
+        self.span = range(start, self.recorder.calls)
         site = _SITES.get(getattr(func, "__name__", ""))
         if site is not None:
             site(self, args, kwargs, result)
@@ -161,9 +164,9 @@ def _layer_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], resul
 
 
 def _attention(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    query = args[0] if args else kwargs["query"]
+    given = dict(zip(("query", "key"), args, strict=False)) | kwargs
     if kwargs.get("scale") is None:
-        _logits(code, query)
+        _logits(code, given["query"], given["key"])
 
 
 def _product(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -173,13 +176,14 @@ def _product(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
     if not isinstance(getattr(module, "scale", None), float) or not hasattr(module, "fused_attn"):
         return
     if all(logits.module is not module for logits in recorder.logits):
-        _logits(code, args[0])
+        _logits(code, args[0], args[1])
 
 
-def _logits(code: Code, query: Tensor) -> None:
+def _logits(code: Code, query: Tensor, key: Tensor) -> None:
     recorder = code.recorder
     module = recorder.stack[-1] if recorder.stack else None
-    recorder.logits.append(Logits(query, recorder.axes(query)[-1], module, recorder.where))
+    depth = recorder.axes(query)[-1]
+    recorder.logits.append(Logits(query, key, depth, module, recorder.where, code.span))
 
 
 _SITES: _Sites = {

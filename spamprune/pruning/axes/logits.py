@@ -2,7 +2,8 @@
 
 Fused attention divides by the root of the *present* depth of a head, eager code by a stored scale.
 When d of a head's dimensions become d', queries are multiplied by √(d'/d), so that both give the
-logits of the masked network. The factor goes into the last parameters that a query is linear in.
+logits of the masked network. The factor goes into the last parameters that a query is linear in; or
+a key, where queries are used for something else too, such as relative positions.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ class Logits:
 
     Attributes:
         query: The queries, ``(..., depth)``.
-        depth: Their last axis.
+        key: The keys, with the same axis among theirs.
+        depth: The queries' last axis.
         module: The module that ran.
         path: Its name.
+        span: The numbers of the calls that the product is made of.
     """
 
     query: Tensor
+    key: Tensor
     depth: Axis
     module: nn.Module | None
     path: str
+    span: range
 
 
 @dataclass
@@ -70,37 +75,42 @@ def fold(recorder: _Recorder, logits: Logits) -> Fold:
     stored = getattr(logits.module, "scale", None)
     if isinstance(stored, float) and math.isclose(stored, logits.depth.size**-0.5, rel_tol=1e-6):
         result.scale = logits.path
-    found: dict[tuple[str, int], Tensor] = {}
-    try:
-        _search(recorder, logits.query, logits.depth, found)
-    except _NotLinearError:
-        fix(logits.depth, f"the scale of the logits in {logits.path} cannot be folded")
+    for tensor in (logits.query, logits.key):
+        found: dict[tuple[str, int], Tensor] = {}
+        try:
+            _search(recorder, tensor, logits, found)
+        except _NotLinearError:
+            continue
+        result.rows = [(name, dim, rows.nonzero()[:, 0]) for (name, dim), rows in found.items()]
         return result
-    result.rows = [(name, dim, rows.nonzero()[:, 0]) for (name, dim), rows in found.items()]
+    fix(logits.depth, f"the scale of the logits in {logits.path} cannot be folded")
     return result
 
 
 class _NotLinearError(Exception):
-    """A query that no parameter scales."""
+    """A query or key that no parameter scales, or not alone."""
 
 
 def _search(
-    recorder: _Recorder, query: Tensor, depth: Axis, found: dict[tuple[str, int], Tensor]
+    recorder: _Recorder, tensor: Tensor, logits: Logits, found: dict[tuple[str, int], Tensor]
 ) -> None:
-    """Go back from the queries to the last parameters that scale them; note their rows.
+    """Go back from queries or keys to the last parameters that scale them; note their rows.
 
     Selections on the way, such as the first third of a joint projection, narrow the rows down.
     """
-    waiting: list[tuple[Tensor, tuple[_Range, ...]]] = [(query, ())]
+    waiting: list[tuple[Tensor, tuple[_Range, ...]]] = [(tensor, ())]
     seen: set[tuple[int, tuple[_Range, ...]]] = set()
+    alone: list[Tensor] = []  # what nothing but queries, or keys, is made of
     while waiting:
         tensor, ranges = waiting.pop()
         if (id(tensor), ranges) in seen:
             continue
         seen.add((id(tensor), ranges))
+        if not ranges:
+            alone.append(tensor)
         name = recorder.parameters.get(id(tensor))
         if name is not None:
-            _note(recorder, name, ranges, depth, found)
+            _note(recorder, name, ranges, logits.depth, found)
             continue
         call = recorder.origins.get(id(tensor))
         if call is None:
@@ -108,8 +118,19 @@ def _search(
                 raise _NotLinearError
             continue  # a constant, such as the zeros that stand for the bias of keys
         waiting += [(t, r) for t, r in _operands(recorder, call, tensor, ranges)]
-    if not found:
+    ids = {number for number, _ in seen}
+    if not found or any(_used_elsewhere(recorder, t, ids, logits.span) for t in alone):
         raise _NotLinearError
+
+
+def _used_elsewhere(recorder: _Recorder, tensor: Tensor, ids: set[int], span: range) -> bool:
+    """Tell whether data is read by a call that is neither the product nor on the way to it."""
+    if not recorder.is_data(tensor):
+        return False
+    return any(
+        call.number not in span and not any(id(out) in ids for out in call.outputs)
+        for call in recorder.readers.get(id(tensor), [])
+    )
 
 
 def _note(

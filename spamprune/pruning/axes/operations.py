@@ -30,6 +30,7 @@ class Call:
         outputs: The tensors that it returned.
         where: In which module, for messages.
         costs: Multiply-accumulates of matrix products, as axes to be multiplied; appended to.
+        number: Of the call within the trace.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Call:
         axes: Callable[[Tensor], Axes],
         is_data: Callable[[Tensor], bool],
         costs: list[Axes],
+        number: int,
     ):
         self.name, self.values, self.outputs, self.where = name, values, outputs, where
-        self.axes, self.is_data, self.costs = axes, is_data, costs
+        self.axes, self.is_data, self.costs, self.number = axes, is_data, costs, number
 
     def __getitem__(self, name: str) -> Any:
         """Return an argument, None where the operation has none of that name."""

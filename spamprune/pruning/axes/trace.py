@@ -230,6 +230,8 @@ class _Recorder(TorchDispatchMode):
         self.sizes: list[tuple[Expression, Axis]] = []
         self.logits: list[Logits] = []
         self.origins: dict[int, Call] = {}
+        self.readers: dict[int, list[Call]] = {}
+        self.calls = 0
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self._axes: dict[int, Axes] = {}
         self._data: set[int] = set()
@@ -317,7 +319,12 @@ class _Recorder(TorchDispatchMode):
         positional = [a.name for a in func._schema.arguments if not a.kwarg_only]
         values.update(zip(positional, args, strict=False))
         values.update(kwargs or {})
-        call = Call(name, values, outputs, self.where, self.axes, self.is_data, self.costs)
+        call = Call(
+            name, values, outputs, self.where, self.axes, self.is_data, self.costs, self.calls
+        )
+        self.calls += 1
+        for tensor in call.tensors():
+            self.readers.setdefault(id(tensor), []).append(call)
         if not outputs:
             return result
         rule = operations.RULES.get(name)
