@@ -1,7 +1,7 @@
 """Latency of a pruned ResNet and a pruned ViT on Fashion-MNIST: OPD beside torch-pruning's scores.
 
 Each network is trained by SpaM and by MAP. OPD on the SpaM network is planned for a latency of
-``LATENCY`` of the dense one's at batch ``BATCHES[0]``; the MACs that it reaches are the budget of
+``LATENCY`` of the dense one's at batch ``BATCHES[-1]``; the MACs that it reaches are the budget of
 every other method for that network and seed. All are fine-tuned alike. torch-pruning's importances
 work in its own ``BasePruner`` with a global ranking, by the smallest pruning ratio that fits the
 budget. "longer" is the dense network after the same fine-tuning.
@@ -99,7 +99,11 @@ class Trained:
     @property
     def example(self) -> Tensor:
         """One image, ``(1, 1, 28, 28)``."""
-        return next(iter(self.validation.loader(1)))[0]
+        return self.images(1)
+
+    def images(self, number: int) -> Tensor:
+        """Return a batch of held-out images, ``(number, 1, 28, 28)``."""
+        return next(iter(self.validation.loader(number)))[0]
 
 
 def train(name: str, training: str, seed: int, folder: Path) -> Trained:
@@ -142,7 +146,7 @@ def finetune(small: nn.Module, trained: Trained) -> None:
 
 def by_opd(trained: Trained, target: sp.Target) -> nn.Module:
     """Prune by a plan of our own."""
-    model, example = trained.model, trained.example
+    model, example = trained.model, trained.images(1 if target.latency is None else BATCHES[-1])
     scores = sp.scores.opd(model, trained.posterior)
     plan = sp.plan(model, example, scores, target, ranking="global", round_to=ROUND_TO)
     small = sp.apply(model, plan)
@@ -163,16 +167,14 @@ def by_torch_pruning(
     """
     found = _gradients(trained, gradients)
     most = budget * cost.macs(trained.model, trained.example)
-    low, high = 0.0, 1.0
-    best: nn.Module | None = None
-    while high - low > 1 / 512:
-        ratio = (low + high) / 2
+
+    def fitting(ratio: float) -> nn.Module | None:
         small = _step(trained, importance, found, ratio)
-        if small is not None and cost.macs(small, trained.example) > most:
-            low = ratio
-        else:
-            high, best = ratio, small or best
-    assert best is not None, "torch-pruning reaches no such budget"
+        return small if small and cost.macs(small, trained.example) <= most else None
+
+    # not monotone: torch-pruning leaves a layer whole that would lose everything
+    coarse = next(i for i in range(1, 64) if fitting(i / 64))
+    best = next(small for i in range(8) if (small := fitting((coarse - 1 + (i + 1) / 8) / 64)))
     return best
 
 
@@ -184,6 +186,7 @@ def _step(
 ) -> nn.Module | None:
     """Return the network that one step of a BasePruner leaves; None without any head in a layer."""
     small = copy.deepcopy(trained.model)
+    classifier: Any = small.get_submodule("fc" if isinstance(small, ResNet) else "head")
     for name, parameter in small.named_parameters():
         parameter.grad = gradients[name].clone() if gradients else None
     attentions = [m for m in small.modules() if isinstance(m, Attention)]
@@ -195,7 +198,7 @@ def _step(
         importance,
         global_pruning=True,
         pruning_ratio=ratio,
-        ignored_layers=[small.get_classifier()],
+        ignored_layers=[classifier],
         round_to=ROUND_TO,
         num_heads={attention.qkv: attention.num_heads for attention in attentions},
         prune_num_heads=True,
@@ -288,9 +291,7 @@ def row(trained: Trained, method: str, budget: float | None) -> dict[str, Any]:
     just_pruned = accuracy(small, trained.validation)
     if method != "dense":
         finetune(small, trained)
-    times = {
-        n: latencies(dense, small, example.expand(n, -1, -1, -1).contiguous()) for n in BATCHES
-    }
+    times = {n: latencies(dense, small, trained.images(n)) for n in BATCHES}
     return {
         "just_pruned": just_pruned,
         "validation": accuracy(small, trained.validation),

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import spamprune as sp
 from spamprune.cli import app
 from spamprune.models.classic import lenet
+from spamprune.pruning import cost
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -24,7 +25,7 @@ class Loader(list):
 
 
 @pytest.mark.parametrize(
-    "code", blocks("python"), ids=["torch-pruning", "training loop", "curvature"]
+    "code", blocks("python"), ids=["torch-pruning", "training loop", "plan", "curvature"]
 )
 def test_python_examples_run_and_prune(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -40,6 +41,12 @@ def test_python_examples_run_and_prune(code, tmp_path, monkeypatch, capsys):
     exec(code, names)
     if "coverage" in code:
         assert "'conv1.weight': 'kron: conv2d'" in capsys.readouterr().out
+        return
+    if "text" in names:
+        plan = sp.Plan.from_json(names["text"])
+        assert cost.macs(sp.apply(model, plan), names["example"]) <= 0.6 * cost.macs(
+            model, names["example"]
+        )
         return
     small = names.get("small", model)
     assert sum(p.numel() for p in small.parameters()) < 0.6 * 60_170
