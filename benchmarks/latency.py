@@ -42,7 +42,7 @@ from spamprune.recipe.schema import Optimiser
 from spamprune.report import measure
 
 IMAGES = 20_000  # of the training set, another draw for each seed
-EPOCHS, FINETUNE_EPOCHS = 8, 2
+EPOCHS, FINETUNE_EPOCHS = 6, 2
 TEMPERATURE = 2.0
 LATENCY = 0.45
 BATCHES = (1, 64)
@@ -63,7 +63,7 @@ class Network:
 def _resnet() -> nn.Module:
     """Return a ResNet of one basic block per stage; the first stage works on 14 by 14 pixels."""
     model = ResNet(
-        BasicBlock, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256), in_chans=1, num_classes=10
+        BasicBlock, layers=(1, 1, 1, 1), channels=(24, 48, 96, 192), in_chans=1, num_classes=10
     )
     model.conv1 = nn.Conv2d(1, 64, 3, stride=2, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -72,7 +72,7 @@ def _resnet() -> nn.Module:
 
 def _vit() -> nn.Module:
     return VisionTransformer(
-        img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=128, depth=4, num_heads=4
+        img_size=28, patch_size=7, in_chans=1, num_classes=10, embed_dim=96, depth=4, num_heads=4
     )
 
 

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior
     from spamprune.bayes.spam import SpaM
     from spamprune.engine.run import run
+    from spamprune.pruning.block import BlockOPD
     from spamprune.pruning.compaction import Plan, apply, verify
     from spamprune.pruning.importance import OPDImportance, ScoreImportance
     from spamprune.pruning.plan import Target, plan
 
 __all__ = [
+    "BlockOPD",
     "Classification",
     "CurvatureMethod",
     "OPDImportance",
@@ -46,6 +48,7 @@ __all__ = [
 
 # Names are loaded when they are first used: torch, timm and torch-pruning take seconds.
 _HOMES = {
+    "BlockOPD": "spamprune.pruning.block",
     "Classification": "spamprune.bayes.likelihood",
     "CurvatureMethod": "spamprune.bayes.curvature",
     "OPDImportance": "spamprune.pruning.importance",

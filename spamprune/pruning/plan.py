@@ -17,7 +17,7 @@ from spamprune.pruning.assemble import assemble
 from spamprune.pruning.axes.axis import Axis
 from spamprune.pruning.axes.trace import Trace, trace
 from spamprune.pruning.compaction import Plan, Ranking, apply
-from spamprune.pruning.units import DEFAULT_KINDS, Group, Kind, groups, importance
+from spamprune.pruning.units import DEFAULT_KINDS, Group, Kind, Scores, groups, importance
 
 #: A plan that ends further below its budget than this, relatively, says so in its notes.
 TOLERANCE = 0.02
@@ -114,7 +114,7 @@ class _Candidate:
 def plan(
     model: nn.Module,
     example: Tensor,
-    scores: Mapping[str, Tensor],
+    scores: Scores,
     target: Target,
     *,
     ranking: Ranking = "uniform",
@@ -135,7 +135,7 @@ def plan(
     Args:
         model: The trained network; it is left as it is.
         example: An input batch, ``(1, ...)`` for costs of one sample.
-        scores: A score for every trainable parameter, by name.
+        scores: A score for every trainable parameter, by name, or :class:`BlockOPD`.
         target: How small.
         ranking: How units are compared.
         kinds: Which kinds of units may go.
@@ -218,7 +218,7 @@ def _candidates(
     model: nn.Module,
     traced: Trace,
     found: Sequence[Group],
-    scores: Mapping[str, Tensor],
+    scores: Scores,
     min_units: int,
     round_to: int,
     ratios: Mapping[str, float],

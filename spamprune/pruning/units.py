@@ -15,7 +15,11 @@ from spamprune.errors import PosteriorError, PruningError, nearest
 from spamprune.pruning.axes.axis import Axis, factors, indices, leaves
 from spamprune.pruning.axes.operations import SPACE
 from spamprune.pruning.axes.trace import Trace
+from spamprune.pruning.block import BlockOPD
 from spamprune.pruning.slices import Slice, sum_over_units
+
+#: What units are scored by: a score for every trainable parameter by name, or block OPD.
+Scores = Mapping[str, Tensor] | BlockOPD
 
 #: What units are: whole attention heads, dimensions of a head, whole groups of grouped
 #: convolutions, channels of a group, channels that a residual stream carries, and all others.
@@ -85,7 +89,7 @@ def groups(
             if kind in kinds and producer.dim == 0 and _is_output(modules.get(layer), axis):
                 notes.append(f"{layer}: {axis.size} {_WORDS[kind]} left whole: {axis.fixed}")
             continue
-        if kind not in kinds or any(s.dim == 0 and _layer(s) in kept for s in slices):
+        if kind not in kinds or any(_layer(s) in kept and _is_made(s, modules) for s in slices):
             continue
         name = _unique(layer if kind in ("hidden", "width") else f"{layer}:{kind}", names)
         shape = (kind, *sorted(_sort(modules, s, parameters) for s in slices))
@@ -121,6 +125,15 @@ def _pieces(trace: Trace) -> dict[Axis, list[Slice]]:
 
 def _layer(piece: Slice) -> str:
     return piece.name.rpartition(".")[0]
+
+
+def _is_made(piece: Slice, modules: Mapping[str, nn.Module]) -> bool:
+    """Tell whether a piece belongs to the outputs of its layer."""
+    transposed = isinstance(
+        modules.get(_layer(piece)),
+        (nn.modules.conv._ConvTransposeNd, nn.Embedding, nn.EmbeddingBag),
+    )
+    return piece.dim == int(transposed and piece.name.endswith("weight"))
 
 
 def _producer(slices: Sequence[Slice], parameters: Mapping[str, Tensor]) -> Slice:
@@ -207,15 +220,13 @@ def _matching(model: nn.Module, patterns: Iterable[str]) -> set[str]:
 
 
 @torch.no_grad()
-def importance(
-    trainable: Mapping[str, Tensor], group: Group, scores: Mapping[str, Tensor]
-) -> Tensor | None:
+def importance(trainable: Mapping[str, Tensor], group: Group, scores: Scores) -> Tensor | None:
     """Return the importance of each unit: the sum of the scores of all that goes with it.
 
     Args:
         trainable: The network's trainable parameters by name.
         group: One of its groups.
-        scores: A score for every trainable parameter, by name.
+        scores: A score for every trainable parameter, by name, or block OPD.
 
     Returns:
         Shape ``(units,)``, None where nothing of the group is trainable.
@@ -225,18 +236,24 @@ def importance(
         PruningError: A score is not a number.
     """
     pieces = [piece for piece in group.pieces if piece.name in trainable]
-    for piece in pieces:
-        score, parameter = scores.get(piece.name), trainable[piece.name]
-        if score is None:
-            raise PosteriorError(f"the scores lack parameter {piece.name!r}: compute them anew")
-        if score.shape != parameter.shape:
-            raise PosteriorError(
-                f"the scores have shape {tuple(score.shape)} for {piece.name!r}, the model has "
-                f"{tuple(parameter.shape)}: compute them anew after each pruning"
-            )
     if not pieces:
         return None
-    total = sum_over_units(pieces, scores, group.units, torch.float64).cpu()
+    if isinstance(scores, BlockOPD):
+        total = scores.over(pieces, group.units, torch.float64).cpu()
+    else:
+        for name in {piece.name for piece in pieces}:
+            _check_score(name, scores, trainable[name])
+        total = sum_over_units(pieces, scores, group.units, torch.float64).cpu()
     if total.isnan().any():
         raise PruningError(f"scores of {group.layer!r} are not numbers: is the posterior finite?")
     return total
+
+
+def _check_score(name: str, scores: Mapping[str, Tensor], parameter: Tensor) -> None:
+    if name not in scores:
+        raise PosteriorError(f"the scores lack parameter {name!r}: compute them anew")
+    if scores[name].shape != parameter.shape:
+        raise PosteriorError(
+            f"the scores have shape {tuple(scores[name].shape)} for {name!r}, the model has "
+            f"{tuple(parameter.shape)}: compute them anew after each pruning"
+        )

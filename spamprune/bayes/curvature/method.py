@@ -45,6 +45,10 @@ class CurvatureMethod:
     rest: Rest = "diagonal"
 
     def __post_init__(self) -> None:
+        for name in ("samples", "draws", "group"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PosteriorError(f"{name}={value}: at least 1, or leave it out")
         if self.structure == "kron" and self.estimator not in (None, "exact"):
             raise PosteriorError(
                 f"Kronecker factors come from estimator 'exact', not {self.estimator!r}: leave it "

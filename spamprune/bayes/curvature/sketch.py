@@ -202,4 +202,6 @@ def _relative_error(total: Tensor, variance: float) -> float:
     exceeds the target's square by the variance.
     """
     target = _sample(total).square().sum().item() - variance
-    return math.sqrt(variance / target) if variance > 0 else 0.0
+    if target <= 0:  # squares of gradients of a dead layer underflow: all of them is missing
+        return 1.0 if variance > 0 else 0.0
+    return math.sqrt(variance / target)
