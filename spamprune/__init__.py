@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from spamprune.engine.run import run
     from spamprune.pruning.block import BlockOPD
     from spamprune.pruning.compaction import Plan, apply, verify
+    from spamprune.pruning.compensation import compensate
     from spamprune.pruning.importance import OPDImportance, ScoreImportance
     from spamprune.pruning.plan import Target, plan
 
@@ -33,6 +34,7 @@ __all__ = [
     "SpaM",
     "Target",
     "apply",
+    "compensate",
     "export",
     "fit_posterior",
     "load",
@@ -59,6 +61,7 @@ _HOMES = {
     "SpaM": "spamprune.bayes.spam",
     "Target": "spamprune.pruning.plan",
     "apply": "spamprune.pruning.compaction",
+    "compensate": "spamprune.pruning.compensation",
     "export": "spamprune.artifact",
     "fit_posterior": "spamprune.bayes.posterior",
     "load": "spamprune.artifact",
