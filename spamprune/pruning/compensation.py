@@ -9,7 +9,6 @@ With ``P = (G ⊗ A)/T + δ`` that is one linear system per layer,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -75,43 +74,50 @@ def _change(
 ) -> Tensor:
     """Return what is added to a weight: zero for inputs that go and for outputs that go."""
     assert factors.inputs is not None  # only a bias lacks them, and a bias has no inputs
-    outputs = factors.outputs.double() / temperature
-    inputs = factors.inputs.double()
-    shape = (len(outputs), outputs.shape[1], inputs.shape[1])
-    removed = gone.reshape(shape)
+    shape = (len(factors.outputs), factors.outputs.shape[1], factors.inputs.shape[1])
+    result = torch.zeros(shape, dtype=torch.float64, device=weight.device)
+    matrices, prior = weight.double().reshape(shape), delta.double().reshape(shape)
+    removed = gone.reshape(shape)[:, 0]
     # rows that go are read by nobody: they neither need compensation nor give it
-    alive = ~rows.reshape(shape[:2])[:, :, None] & ~removed
-    lost = weight.double().reshape(shape) * (removed & ~rows.reshape(shape[:2])[:, :, None])
-    prior = delta.double().reshape(shape)
+    alive = ~rows.reshape(shape[:2])
+    for g in range(shape[0]):
+        r, lost, kept = alive[g], removed[g], ~removed[g]
+        if not (r.any() and lost.any() and kept.any()):
+            continue
+        outputs = factors.outputs[g].double()[r][:, r] / temperature
+        inputs = factors.inputs[g].double()
+        right = outputs @ matrices[g][r][:, lost] @ inputs[lost][:, kept]
+        change = _solve(outputs, inputs[kept][:, kept], prior[g][r][:, kept], right, name)
+        result[g][r.nonzero(), kept.nonzero()[:, 0]] = change
+    return result.reshape(weight.shape).to(weight.dtype)
 
-    def product(x: Tensor) -> Tensor:
-        return (outputs @ x @ inputs + prior * x) * alive
 
-    diagonal = outputs.diagonal(dim1=1, dim2=2)[:, :, None]
-    diagonal = diagonal * inputs.diagonal(dim1=1, dim2=2)[:, None, :] + prior
-    change = _solve(product, (outputs @ lost @ inputs) * alive, diagonal, name)
-    return change.reshape(weight.shape).to(weight.dtype)
+def _solve(outputs: Tensor, inputs: Tensor, prior: Tensor, right: Tensor, name: str) -> Tensor:
+    """Solve ``G X A + δ ∘ X = right`` by conjugate gradients.
 
+    They are preconditioned by the same system with δ averaged in the eigenbasis of the factors
+    (Proposition 1), which is that system itself where δ is one number.
+    """
+    values_g, vectors_g = torch.linalg.eigh(outputs)
+    values_a, vectors_a = torch.linalg.eigh(inputs)
+    spectrum = vectors_g.square().mT @ prior @ vectors_a.square()
+    spectrum += values_g.clamp(min=0)[:, None] * values_a.clamp(min=0)
 
-def _solve(
-    product: Callable[[Tensor], Tensor], right: Tensor, diagonal: Tensor, name: str
-) -> Tensor:
-    """Solve a positive definite system by conjugate gradients, preconditioned by its diagonal."""
+    def precondition(x: Tensor) -> Tensor:
+        return vectors_g @ ((vectors_g.mT @ x @ vectors_a) / spectrum) @ vectors_a.mT
+
     solution = torch.zeros_like(right)
-    residual = right.clone()
-    scale = right.norm()
-    if scale == 0:
-        return solution
-    direction = preconditioned = residual / diagonal
+    residual, scale = right.clone(), right.norm()
+    direction = preconditioned = precondition(residual)
     energy = (residual * preconditioned).sum()
     for _ in range(STEPS):
-        image = product(direction)
+        if residual.norm() <= TOLERANCE * scale:
+            return solution
+        image = outputs @ direction @ inputs + prior * direction
         step = energy / (direction * image).sum()
         solution = solution + step * direction
         residual = residual - step * image
-        if residual.norm() <= TOLERANCE * scale:
-            return solution
-        preconditioned = residual / diagonal
+        preconditioned = precondition(residual)
         new = (residual * preconditioned).sum()
         direction = preconditioned + (new / energy) * direction
         energy = new
