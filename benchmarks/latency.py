@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,14 @@ from spamprune.data.base import seeded
 from spamprune.data.tensors import TensorSplit
 from spamprune.engine.fit import Job, fit
 from spamprune.pruning import cost
+from spamprune.pruning.compaction import Ranking
 from spamprune.recipe.schema import Optimiser
 from spamprune.report import measure
 
 IMAGES = 20_000  # of the training set, another draw for each seed
 EPOCHS, FINETUNE_EPOCHS = 6, 2
-TEMPERATURE = 2.0
-LATENCY = 0.45
+TEMPERATURE = 1.0
+LATENCY = 0.42
 BATCHES = (1, 64)
 ROUND_TO = 8
 #: Images that Taylor's and Hessian's gradients are of, in batches of 128.
@@ -53,9 +56,10 @@ GRADIENT_IMAGES = 2560
 
 @dataclass(frozen=True)
 class Network:
-    """An architecture and how its weights move."""
+    """An architecture, how OPD ranks its units, and how its weights move."""
 
     create: Callable[[], nn.Module]
+    ranking: Ranking
     optimiser: Optimiser
     finetune: Optimiser
 
@@ -77,9 +81,9 @@ def _vit() -> nn.Module:
 
 
 NETWORKS = {
-    "resnet": Network(_resnet, Optimiser(lr=0.05, warmup=1), Optimiser(lr=0.02)),
+    "resnet": Network(_resnet, "uniform", Optimiser(lr=0.05, warmup=1), Optimiser(lr=0.02)),
     "vit": Network(
-        _vit, Optimiser(name="adam", lr=1e-3, warmup=1), Optimiser(name="adam", lr=5e-4)
+        _vit, "global", Optimiser(name="adam", lr=1e-3, warmup=1), Optimiser(name="adam", lr=5e-4)
     ),
 }
 
@@ -95,11 +99,6 @@ class Trained:
     validation: data.Split
     test: data.Split
     seed: int
-
-    @property
-    def example(self) -> Tensor:
-        """One image, ``(1, 1, 28, 28)``."""
-        return self.images(1)
 
     def images(self, number: int) -> Tensor:
         """Return a batch of held-out images, ``(number, 1, 28, 28)``."""
@@ -148,7 +147,9 @@ def by_opd(trained: Trained, target: sp.Target) -> nn.Module:
     """Prune by a plan of our own."""
     model, example = trained.model, trained.images(1 if target.latency is None else BATCHES[-1])
     scores = sp.scores.opd(model, trained.posterior)
-    plan = sp.plan(model, example, scores, target, ranking="global", round_to=ROUND_TO)
+    plan = sp.plan(
+        model, example, scores, target, ranking=trained.network.ranking, round_to=ROUND_TO
+    )
     small = sp.apply(model, plan)
     sp.verify(model, small, plan, example)
     return small
@@ -166,11 +167,11 @@ def by_torch_pruning(
         budget: Fraction of the MACs that may remain.
     """
     found = _gradients(trained, gradients)
-    most = budget * cost.macs(trained.model, trained.example)
+    most = budget * cost.macs(trained.model, trained.images(1))
 
     def fitting(ratio: float) -> nn.Module | None:
         small = _step(trained, importance, found, ratio)
-        return small if small and cost.macs(small, trained.example) <= most else None
+        return small if small and cost.macs(small, trained.images(1)) <= most else None
 
     # not monotone: torch-pruning leaves a layer whole that would lose everything
     coarse = next(i for i in range(1, 64) if fitting(i / 64))
@@ -194,7 +195,7 @@ def _step(
         attention.fused_attn = False  # torch-pruning cannot trace the fused one
     pruner = tp.pruner.BasePruner(
         small,
-        trained.example,
+        trained.images(1),
         importance,
         global_pruning=True,
         pruning_ratio=ratio,
@@ -248,26 +249,15 @@ def _gradients(trained: Trained, kind: str) -> dict[str, Tensor]:
     return {}
 
 
-PEERS: dict[str, tuple[Callable[[], tp.importance.Importance], str]] = {
-    "magnitude": (tp.importance.GroupMagnitudeImportance, ""),
-    "taylor": (tp.importance.GroupTaylorImportance, "first"),
-    "hessian": (tp.importance.GroupHessianImportance, "second"),
-    "lamp": (tp.importance.LAMPImportance, ""),
-    "fpgm": (tp.importance.FPGMImportance, ""),
+#: Importances in torch-pruning's pruner, and the gradients that they need.
+IN_TORCH_PRUNING: dict[str, tuple[Callable[[sp.Posterior], tp.importance.Importance], str]] = {
+    "opd, global": (lambda posterior: sp.OPDImportance(posterior, normalizer="mean"), ""),
+    "magnitude": (lambda _: tp.importance.GroupMagnitudeImportance(), ""),
+    "taylor": (lambda _: tp.importance.GroupTaylorImportance(), "first"),
+    "hessian": (lambda _: tp.importance.GroupHessianImportance(), "second"),
+    "lamp": (lambda _: tp.importance.LAMPImportance(), ""),
+    "fpgm": (lambda _: tp.importance.FPGMImportance(), ""),
 }
-
-
-@torch.no_grad()
-def latencies(dense: nn.Module, small: nn.Module, example: Tensor) -> tuple[float, float]:
-    """Return the median seconds of both, timed in turns so that both see the same machine."""
-    models = (dense.eval(), small.eval())
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(max(30, 300 // len(example))):
-        for model, mine in zip(models, seconds, strict=True):
-            start = time.perf_counter()
-            model(example)
-            mine.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
 def accuracy(model: nn.Module, split: data.Split) -> float:
@@ -275,9 +265,9 @@ def accuracy(model: nn.Module, split: data.Split) -> float:
     return measure.quality(model, split.loader(1000)).accuracy
 
 
-def row(trained: Trained, method: str, budget: float | None) -> dict[str, Any]:
-    """Prune, fine-tune and measure; without a budget OPD is planned for the latency."""
-    dense, example = trained.model, trained.example
+def row(trained: Trained, method: str, budget: float | None, folder: Path) -> dict[str, Any]:
+    """Prune, fine-tune, measure and save; without a budget OPD is planned for the latency."""
+    dense, example = trained.model, trained.images(1)
     started = time.process_time()
     if method in ("dense", "longer"):
         small = copy.deepcopy(dense)
@@ -285,25 +275,46 @@ def row(trained: Trained, method: str, budget: float | None) -> dict[str, Any]:
         target = sp.Target(latency=LATENCY) if budget is None else sp.Target(macs=budget)
         small = by_opd(trained, target)
     else:
-        importance, gradients = PEERS[method]
-        small = by_torch_pruning(trained, importance(), gradients, budget or 1)
-    planned = time.process_time() - started
+        assert budget is not None
+        create, gradients = IN_TORCH_PRUNING[method]
+        small = by_torch_pruning(trained, create(trained.posterior), gradients, budget)
     just_pruned = accuracy(small, trained.validation)
     if method != "dense":
         finetune(small, trained)
-    times = {n: latencies(dense, small, trained.images(n)) for n in BATCHES}
+    sp.save(small, folder / method, factory=trained.network.create)
     return {
         "just_pruned": just_pruned,
         "validation": accuracy(small, trained.validation),
         "test": accuracy(small, trained.test),
         "macs": cost.macs(small, example) / cost.macs(dense, example),
         "params": cost.params(small) / cost.params(dense),
-        "milliseconds": {n: 1000 * t[1] for n, t in times.items()},
-        "speedup": {n: t[0] / t[1] for n, t in times.items()},
-        "load": os.getloadavg()[0],
-        "planned": planned,
         "seconds": time.process_time() - started,
     }
+
+
+@torch.no_grad()
+def latencies(network: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Return the median milliseconds at each batch size of all networks that were saved.
+
+    They are timed in turns, so that all see the same machine.
+    """
+    load = partial(sp.load, factory=NETWORKS[network].create)
+    models = {
+        path.parent.name: load(path.parent).to(memory_format=torch.channels_last)
+        for path in sorted(folder.glob("*/config.json"))
+    }
+    found: dict[str, dict[str, float]] = {method: {} for method in models}
+    for batch in BATCHES:
+        example = torch.randn(batch, 1, 28, 28).to(memory_format=torch.channels_last)
+        seconds: dict[str, list[float]] = {method: [] for method in models}
+        for _ in range(max(30, 300 // batch)):
+            for method, model in models.items():
+                start = time.perf_counter()
+                model(example)
+                seconds[method].append(time.perf_counter() - start)
+        for method, values in seconds.items():
+            found[method][str(batch)] = 1000 * statistics.median(values)
+    return found
 
 
 def table(lines: Iterable[dict[str, Any]]) -> str:
@@ -316,16 +327,21 @@ def table(lines: Iterable[dict[str, Any]]) -> str:
     for line in lines:
         groups.setdefault((line["training"], line["method"]), []).append(line)
     for (training, method), mine in groups.items():
-        dense = {x["seed"]: x["test"] for x in groups[training, "dense"]}
+        dense = {x["seed"]: x for x in groups[training, "dense"]}
         cells = [
             _cell([100 * x["macs"] for x in mine], "%"),
             _cell([100 * x["params"] for x in mine], "%"),
-            *(_cell([x["speedup"][str(n)] for x in mine], "×", 2) for n in BATCHES),
+            *(_cell([_speedup(x, dense, n) for x in mine], "×", 2) for n in BATCHES),
             *(_cell([x[key] for x in mine]) for key in ("just_pruned", "validation", "test")),
-            _cell([x["test"] - dense[x["seed"]] for x in mine], digits=2, sign="+"),
+            _cell([x["test"] - dense[x["seed"]]["test"] for x in mine], digits=2, sign="+"),
         ]
         rows.append(f"| {training} | {method} | {len(mine)} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _speedup(line: dict[str, Any], dense: dict[int, dict[str, Any]], batch: int) -> float:
+    times = (x["milliseconds"][str(batch)] for x in (dense[line["seed"]], line))
+    return next(times) / next(times)
 
 
 def _cell(values: list[float], unit: str = "", digits: int = 1, sign: str = "") -> str:
@@ -338,6 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--trainings", nargs="*", default=["spam", "map"])
     parser.add_argument("--out", type=Path, default=Path("runs/latency"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -352,22 +369,29 @@ def main() -> None:
         names = ("network", "training", "seed", "method")
         return next((x for x in lines() if tuple(x[n] for n in names) == key), None)
 
-    for training in ("spam", "map"):
-        for seed in options.seeds:
-            for network in options.networks:
-                trained: Trained | None = None
-                for method in ("dense", "longer", "opd", *PEERS):
-                    if find(network, training, seed, method):
-                        continue
-                    folder = options.out / f"{network}-{training}-{seed}"
-                    trained = trained or train(network, training, seed, folder)
-                    ours = find(network, "spam", seed, "opd")
-                    found = row(trained, method, ours["macs"] if ours else None)
-                    key = {"network": network, "training": training, "seed": seed}
-                    with file.open("a") as out:
-                        out.write(json.dumps(key | {"method": method} | found) + "\n")
-    for network in NETWORKS:
-        print(f"\n### {network}\n\n{table(x for x in lines() if x['network'] == network)}")
+    cells = list(itertools.product(options.trainings, options.networks, options.seeds))
+    for training, network, seed in cells:
+        folder = options.out / f"{network}-{training}-{seed}"
+        trained: Trained | None = None
+        for method in ("dense", "longer", "opd", *IN_TORCH_PRUNING):
+            if find(network, training, seed, method):
+                continue
+            trained = trained or train(network, training, seed, folder)
+            ours = find(network, "spam", seed, "opd")
+            found = row(trained, method, ours["macs"] if ours else None, folder)
+            key = {"network": network, "training": training, "seed": seed, "method": method}
+            with file.open("a") as out:
+                out.write(json.dumps(key | found) + "\n")
+    timed = []
+    for training, network, seed in cells:
+        for method, times in latencies(
+            network, options.out / f"{network}-{training}-{seed}"
+        ).items():
+            line = find(network, training, seed, method)
+            timed += [line | {"milliseconds": times}] if line else []
+    print(f"Load of the machine: {os.getloadavg()[0]:.1f}")
+    for network in options.networks:
+        print(f"\n### {network}\n\n{table(x for x in timed if x['network'] == network)}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def prune(
         Path | None, typer.Option(metavar="DIR", help="Folder with the files of a data set.")
     ] = None,
     criterion: Annotated[
-        str, typer.Option(help="What scores weights: opd, obd, magnitude, random …")
+        str, typer.Option(help="What scores weights: opd, obd, taylor, magnitude, random …")
     ] = "opd",
     ranking: Annotated[
         str, typer.Option(help="How units are compared: uniform, global or isomorphic.")

@@ -32,7 +32,10 @@ class _Trained:
     posterior: Posterior
 
     def scores(self, criterion: str) -> scores.Scores:
-        return scores.CRITERIA[criterion](self.model, self.posterior, seed=self.bench.seed)
+        bench = self.bench
+        batch_size = bench.recipe.train[bench.training].batch_size
+        data = bench.data.train.loader(batch_size, seed=bench.seed)
+        return scores.CRITERIA[criterion](self.model, self.posterior, data=data, seed=bench.seed)
 
 
 def run_unstructured(bench: Bench, model: nn.Module, posterior: Posterior) -> Iterator[Masked]:
@@ -92,7 +95,12 @@ def _mask(
         _train_on(bench, pruned, experiment.finetune, f"{name}.finetune", chosen)
         after = bench.quality(pruned, bench.data.test)
     folder = bench.folder / name
-    artifact.save(pruned, folder, extra={"sparsity": sparsity, "criterion": criterion})
+    artifact.save(
+        pruned,
+        folder,
+        preprocessing=bench.data.preprocessing,
+        extra={"sparsity": sparsity, "criterion": criterion},
+    )
     return Masked(
         experiment=index,
         criterion=criterion,
@@ -137,7 +145,9 @@ def _compact(
         _train_on(bench, small, experiment.finetune, f"{name}.finetune")
         after = bench.quality(small, bench.data.test)
     folder = bench.folder / name
-    artifact.save(small, folder, extra={"plan": chosen.summary()})
+    artifact.save(
+        small, folder, preprocessing=bench.data.preprocessing, extra={"plan": chosen.summary()}
+    )
     size = bench.size(small).model_copy(update={"artifact_bytes": artifact.artifact_bytes(folder)})
     return Compacted(
         experiment=index,

@@ -141,7 +141,7 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
         chosen = plan(
             model,
             example[:1],
-            CRITERIA[request.criterion](model, posterior, seed=request.seed),
+            CRITERIA[request.criterion](model, posterior, data=some, seed=request.seed),
             request.target,
             ranking=request.ranking,
             kinds=request.kinds,

@@ -6,6 +6,7 @@ timm takes seconds to import, so it is imported by the functions that need it.
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,9 @@ PLACEMENT = frozenset(
     }
 )
 _ATTRIBUTE = "spamprune_source"
+
+# the modules of this package that register networks with timm
+OURS = ("cifar", "classic", "fixup", "patches")
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ def check_name(name: str) -> None:
     """
     import timm
 
-    import spamprune.models.classic  # noqa: F401  registers our models
-
+    for module in OURS:
+        importlib.import_module(f"spamprune.models.{module}")
     architecture, _, tag = name.partition(".")
     known = timm.is_model(architecture)
     if known and not tag:
@@ -103,7 +107,7 @@ def check_name(name: str) -> None:
     choices = choices or timm.list_models()
     close = difflib.get_close_matches(name, choices, n=3)
     # over a thousand names are no help, so without a close one only ours are shown
-    hint = nearest(name, close or timm.list_models(module="classic"))
+    hint = nearest(name, close or timm.list_models(module=OURS))
     raise ModelError(f"unknown model {name!r}: {hint} timm.list_models() lists all")
 
 

@@ -193,10 +193,17 @@ def verify(
 
 
 def difference(expected: object, found: object) -> float:
-    """Return the largest difference of two networks' outputs, relative to the first's largest."""
+    """Return the largest difference of two networks' outputs, relative to the first's largest.
+
+    Raises:
+        PruningError: There is nothing to compare.
+    """
     first, second = _floats(expected), _floats(found)
-    largest = max(t.abs().max().item() for t in first)
-    worst = max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+    if not first:
+        raise PruningError("the outputs hold no floating-point numbers that could be compared")
+    largest = max(t.where(t.isfinite(), 0).abs().max().item() for t in first)
+    pairs = zip(first, second, strict=True)
+    worst = max((a - b).where(a != b, 0).abs().max().item() for a, b in pairs)  # ∞ equals ∞
     return worst / max(largest, 1e-12)
 
 
@@ -224,20 +231,31 @@ def _copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, old.requires_grad)
             replaced[id(old)] = new
-    return copy.deepcopy(model, replaced)
+    try:
+        return copy.deepcopy(model, replaced)
+    except RuntimeError as error:  # such as the results that torch.nn.utils.weight_norm keeps
+        raise PruningError(f"the {type(model).__name__} cannot be copied: {error}") from error
 
 
-def _checked(tensors: Mapping[str, Tensor], cut: Cut) -> Tensor:
-    """Return the tensor that is cut, once it is known to have the expected size."""
-    if cut.tensor not in tensors:
-        raise PruningError(f"the plan's tensor {cut.tensor!r}: {nearest(cut.tensor, tensors)}")
-    tensor = tensors[cut.tensor]
-    found = tensor.shape[cut.dim] if cut.dim < tensor.dim() else None
-    if found != cut.size:
-        raise PruningError(
-            f"the plan expects {cut.size} positions in dimension {cut.dim} of {cut.tensor!r}, "
-            f"the model has {found}: plan again after each change"
-        )
+def _checked(tensors: Mapping[str, Tensor], change: Cut | Scaling) -> Tensor:
+    """Return the tensor that is changed, once it is known to have what the plan changes."""
+    if change.tensor not in tensors:
+        hint = nearest(change.tensor, tensors)
+        raise PruningError(f"the plan's tensor {change.tensor!r}: {hint}")
+    tensor = tensors[change.tensor]
+    found = tensor.shape[change.dim] if 0 <= change.dim < tensor.dim() else None
+    place = f"dimension {change.dim} of {change.tensor!r}"
+    if isinstance(change, Cut):
+        if found != change.size:
+            raise PruningError(
+                f"the plan expects {change.size} positions in {place}, the model has {found}: "
+                "plan again after each change"
+            )
+        if len(set(change.gone)) == found:
+            raise PruningError(f"the plan leaves nothing of {place}")
+    positions = change.gone if isinstance(change, Cut) else change.rows
+    if found is None or any(not 0 <= i < found for i in positions):
+        raise PruningError(f"the plan names positions that {place} lacks")
     return tensor
 
 
@@ -247,10 +265,8 @@ def _smaller(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     tensors = _tensors(model)
     result: dict[str, Tensor] = {}
     for scaling in plan.scalings:
-        if scaling.tensor not in tensors:
-            hint = nearest(scaling.tensor, tensors)
-            raise PruningError(f"the plan's tensor {scaling.tensor!r}: {hint}")
-        tensor = result.setdefault(scaling.tensor, tensors[scaling.tensor].detach().clone())
+        checked = _checked(tensors, scaling)
+        tensor = result.setdefault(scaling.tensor, checked.detach().clone())
         rows = torch.tensor(scaling.rows, device=tensor.device)
         scaled = tensor.index_select(scaling.dim, rows) * scaling.factor
         tensor.index_copy_(scaling.dim, rows, scaled)
@@ -281,9 +297,20 @@ def _describe(module: nn.Module) -> None:
         module.num_channels = len(weight)
     elif isinstance(module, nn.Embedding):
         module.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, nn.MultiheadAttention):
+        if module._qkv_same_embed_dim:
+            module.embed_dim = module.kdim = module.vdim = _size(module, "in_proj_weight", 1)
+        else:
+            module.embed_dim = _size(module, "q_proj_weight", 1)
+            module.kdim = _size(module, "k_proj_weight", 1)
+            module.vdim = _size(module, "v_proj_weight", 1)
+        module.head_dim = module.embed_dim // module.num_heads
     elif isinstance(module, nn.RNNBase):
         module.input_size = _size(module, "weight_ih_l0", 1)
-        module.hidden_size = _size(module, "weight_hh_l0", 1)
+        gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        module.hidden_size = _size(module, "weight_hh_l0", 0) // gates
+        if module.proj_size:
+            module.proj_size = _size(module, "weight_hr_l0", 0)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
 
@@ -298,7 +325,7 @@ def _set_attributes(model: nn.Module, plan: Plan) -> None:
         if path not in modules:
             raise PruningError(f"the plan's module {path!r}: {nearest(path, modules)}")
         for name, value in attributes.items():
-            old = getattr(modules[path], name, None)
-            if old is None:
-                raise PruningError(f"the plan sets {path}.{name}, which the model lacks")
+            old = vars(modules[path]).get(name)
+            if type(old) not in (int, float, list, tuple):
+                raise PruningError(f"the plan sets {path}.{name}, which is no size of the model")
             setattr(modules[path], name, tuple(value) if isinstance(old, tuple) else value)  # type: ignore[arg-type]

@@ -80,7 +80,8 @@ class ScoreImportance(tp.importance.GroupMagnitudeImportance):
             return None
         totals = self._totals(pieces, scores, int(coupling.bundle.max()) + 1)
         raw = totals[..., coupling.bundle.to(totals.device)]
-        importance = self._normalize(raw, self.normalizer)
+        # Of a group that is worth nothing (a head that starts at zero) there is nothing to divide.
+        importance = self._normalize(raw, self.normalizer) if raw.any() else raw
         if not importance.isfinite().all():
             culprit = "their scores" if not raw.isfinite().all() else f"{self.normalizer!r} of them"
             raise PruningError(

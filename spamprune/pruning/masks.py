@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,7 +21,7 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> Masks:
     Exactly ``round(sparsity · n)`` weights are masked; ties go in parameter order.
 
     Args:
-        scores: A score for every parameter, by name.
+        scores: A score for every parameter, by name; those of :func:`lamp` make tensors comparable.
         sparsity: Fraction of weights to zero, in [0, 1).
 
     Returns:
@@ -29,11 +30,8 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> Masks:
     Raises:
         PruningError: The sparsity is out of range, or a score is not a number.
     """
-    if not 0 <= sparsity < 1:
-        raise PruningError(f"a sparsity lies in [0, 1), not {sparsity}")
-    for name, score in scores.items():
-        if score.isnan().any():
-            raise PruningError(f"scores of {name!r} are not numbers: is the posterior finite?")
+    _check_sparsity(sparsity)
+    check_numbers(scores)
     flat = torch.cat([score.flatten() for score in scores.values()])
     keep = torch.ones(flat.numel(), dtype=torch.bool, device=flat.device)
     keep[flat.argsort(stable=True)[: round(sparsity * flat.numel())]] = False
@@ -42,6 +40,71 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> Masks:
         name: part.view(score.shape)
         for (name, score), part in zip(scores.items(), parts, strict=True)
     }
+
+
+def lamp(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return layer-adaptive scores ``s_p / Σ_{q: s_q ≥ s_p} s_q``, the sum within p's tensor.
+
+    With squared magnitudes and a global threshold this is LAMP (Lee et al. 2021). Other scores that
+    are damages, such as OPD, are squares already. The best entry of each tensor gets 1. Of equal
+    scores the earlier counts as the smaller.
+
+    Args:
+        scores: A score for every parameter, by name, none negative.
+
+    Returns:
+        Scores in float64; a tensor of zeros keeps them.
+
+    Raises:
+        PruningError: A score is negative or not a number.
+    """
+    check_numbers(scores)
+    result = {}
+    for name, score in scores.items():
+        if (score < 0).any():
+            raise PruningError(
+                f"scores of {name!r} are negative in part, and LAMP divides by their sums: use a "
+                "criterion without signs, or no layer-adaptive threshold"
+            )
+        ranked, order = score.flatten().double().sort(stable=True)
+        above = ranked.flip(0).cumsum(0).flip(0)
+        shares = torch.where(above > 0, ranked / above, 0.0)
+        result[name] = torch.empty_like(shares).scatter_(0, order, shares).view(score.shape)
+    return result
+
+
+def iterative_masks(
+    model: nn.Module,
+    score: Callable[[nn.Module], Mapping[str, Tensor]],
+    sparsity: float,
+    *,
+    rounds: int = 100,
+) -> Masks:
+    """Score, mask and score again; round k of n keeps the fraction ``(1 − sparsity)^(k/n)``.
+
+    The schedule of synaptic flow (Tanaka et al. 2020, algorithm 1), for any criterion. What is
+    masked stays masked.
+
+    Args:
+        model: The network; it is left as it was.
+        score: Returns the scores of the network that it is given, a copy under the masks so far.
+        sparsity: Fraction of weights to zero in the end, in [0, 1).
+        rounds: How many times weights are scored; 1 is one-shot.
+
+    Raises:
+        PruningError: The sparsity or the number of rounds is out of range, or a score is not a
+            number.
+    """
+    _check_sparsity(sparsity)
+    if rounds < 1:
+        raise PruningError(f"masks take at least one round of scores, not {rounds}")
+    pruned = copy.deepcopy(model)
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in named_parameters(model).items()}
+    for k in range(1, rounds + 1):
+        scores = {n: s.masked_fill(~masks[n], -torch.inf) for n, s in score(pruned).items()}
+        masks = global_masks(scores, 1 - (1 - sparsity) ** (k / rounds))
+        apply_masks(pruned, masks)
+    return masks
 
 
 def sparsity_of(masks: Mapping[str, Tensor]) -> float:
@@ -76,3 +139,15 @@ def held(
         yield
     finally:
         handle.remove()
+
+
+def check_numbers(scores: Mapping[str, Tensor]) -> None:
+    """Raise a :class:`PruningError` that names the first tensor with a score that is no number."""
+    for name, score in scores.items():
+        if score.isnan().any():
+            raise PruningError(f"scores of {name!r} are not numbers: is the posterior finite?")
+
+
+def _check_sparsity(sparsity: float) -> None:
+    if not 0 <= sparsity < 1:
+        raise PruningError(f"a sparsity lies in [0, 1), not {sparsity}")

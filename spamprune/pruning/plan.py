@@ -167,7 +167,12 @@ def plan(
         if not broken:
             floors = _floors(candidates, counts)
             return replace(whole, notes=(*notes, *search.notes, *floors))
-        notes += [f"{layer}: left whole: {why}" for layer, why in broken.items()]
+        notes += [
+            f"{m.group.layer}: left whole: {broken[c.name]}"
+            for c in candidates
+            for m in c.members
+            if c.name in broken
+        ]
         candidates = [c for c in candidates if c.name not in broken]
 
 

@@ -138,15 +138,21 @@ def _is_made(piece: Slice, modules: Mapping[str, nn.Module]) -> bool:
 
 def _producer(slices: Sequence[Slice], parameters: Mapping[str, Tensor]) -> Slice:
     """Return the slice that best says whose outputs the units are."""
-    weights = [s for s in slices if s.name in parameters and parameters[s.name].dim() > 1]
+    weights = [s for s in slices if s.name in parameters and _is_matrix(parameters[s.name])]
     rows = [s for s in weights if s.dim == 0]
     return (rows or weights or [s for s in slices if s.name in parameters])[0]
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Tell a weight from a vector, which may be stored as ``(C, 1, 1)``."""
+    return sum(n > 1 for n in parameter.shape) > 1
 
 
 def _is_output(module: nn.Module | None, axis: Axis) -> bool:
     """Tell whether a user would expect the units of a layer to be prunable."""
     inherent = axis.fixed in ("the model's output", "the model's input", SPACE)
-    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and not inherent
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
+    return isinstance(module, kinds) and not inherent
 
 
 def _primary(trace: Trace) -> dict[Axis, Axis]:

@@ -62,3 +62,14 @@ def follow(location: Sequence[str | int]) -> tuple[FieldPath, Node, Node]:
         elif node:
             path, parent, node = (*path, step), node, child(node, step)
     return path, parent, node
+
+
+def takes_null(path: FieldPath) -> bool:
+    """Return whether the field at ``path``, which leads through mappings only, may be null."""
+    if not path:
+        return False
+    node = ROOT
+    for step in path[:-1]:
+        node = child(node, step)
+    options = node.get("properties", {}).get(path[-1], {}).get("anyOf", ())
+    return any(option.get("type") == "null" for option in options)

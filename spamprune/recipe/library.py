@@ -20,18 +20,29 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder("recipes").glob("*.yaml"))}
 
 
-def find(source: str | Path) -> Path:
+def split_variant(source: str | Path) -> tuple[str, str | None]:
+    """Return the recipe and the variant that ``source`` names: "fc_cancer@smoke" has both."""
+    recipe, at, variant = str(source).rpartition("@")
+    return (recipe, variant) if at and not Path(source).is_file() else (str(source), None)
+
+
+def find(source: str | Path, beside: Path = Path()) -> Path:
     """Return the file of a recipe, given as a path or as the name of a bundled one.
+
+    Args:
+        source: The path or name.
+        beside: Folder that a path is relative to.
 
     Raises:
         RecipeError: There is no such file and no such name.
     """
-    path = Path(source)
+    path = beside / source
     if path.is_file():
         return path
     bundled = recipes()
     if str(source) in bundled:
         return bundled[str(source)]
-    choices = [*bundled, *map(str, path.parent.glob("*.yaml"))]
+    near = [str(Path(source).parent / file.name) for file in path.parent.glob("*.yaml")]
+    choices = [*bundled, *near]
     hint = nearest(str(source), choices) if choices else "`spamprune recipes` lists those"
     raise RecipeError(f"no recipe {str(source)!r}, neither a file nor a bundled one: {hint}")

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from spamprune.errors import RecipeError, nearest
-from spamprune.recipe import document, fields, library
+from spamprune.recipe import document, extend, fields, library
 from spamprune.recipe.document import Document, FieldPath, dotted
-from spamprune.recipe.schema import Recipe
+from spamprune.recipe.schema import Recipe, RecipeFile
 
 _MAPPINGS = {"dict_type", "model_type", "model_attributes_type"}
 _SHOWN = 60  # characters of an offending value
@@ -24,7 +24,8 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        source: A YAML file, or the name of a bundled recipe.
+        source: A YAML file, or the name of a bundled recipe; "fc_cancer@smoke" is its variant
+            ``smoke``.
         overrides: Changes like ``"train.spam.epochs=3"``; values are YAML, ``prune.0`` is the
             first entry of a list.
 
@@ -42,30 +43,28 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def check(source: str | Path, overrides: Sequence[str] = ()) -> Recipe | list[str]:
     """Read a recipe as :func:`load` does, but return all problems if there are any.
 
+    Without overrides, which may not apply to all of them, its other variants are checked too.
+
     Raises:
-        RecipeError: There is no such recipe, or it is not YAML.
+        RecipeError: There is no such recipe or variant, or a file is not YAML or no recipe.
     """
-    recipe = _read(library.find(source))
-    if not isinstance(recipe.data, dict):
-        return [f"{recipe.place(())}: a recipe is a mapping of keys to values"]
-    problems = []
-    for override in overrides:
-        try:
-            _override(recipe, override)
-        except RecipeError as e:
-            problems.append(str(e))
-    try:
-        valid = Recipe.model_validate(recipe.data, context=_look_ups())
-    except ValidationError as e:
-        errors = sorted(e.errors(include_url=False), key=lambda error: _order(recipe, error))
-        return problems + [_problem(recipe, error) for error in errors]
-    return problems or valid
+    file, variant = library.split_variant(source)
+    recipe = extend.read(library.find(file))
+    outcome = _validate(extend.choose(recipe, variant), overrides)
+    if overrides:
+        return outcome
+    problems: list[str] = []
+    for other in (None, *extend.variants(recipe)):
+        also = outcome if other == variant else _validate(extend.choose(recipe, other))
+        if not isinstance(also, Recipe):
+            name = f" (variant {other!r})" if other else ""
+            problems += [problem + name for problem in also if problem not in problems]
+    return problems or outcome
 
 
 def describe(path: Path) -> str:
     """Return the description in a recipe's file, which is not checked further."""
-    data = _read(path).data
-    return str(data.get("description", "")) if isinstance(data, dict) else ""
+    return str(extend.read(path).data.get("description", ""))
 
 
 def dump(recipe: Recipe) -> str:
@@ -79,12 +78,20 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _read(path: Path) -> Document:
+def _validate(recipe: Document, overrides: Sequence[str] = ()) -> Recipe | list[str]:
+    """Apply overrides to ``recipe``, in place, and return it checked, or all problems."""
+    problems = []
+    for override in overrides:
+        try:
+            _override(recipe, override)
+        except RecipeError as e:
+            problems.append(str(e))
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not a text file in UTF-8") from None
-    return document.parse(text, lambda line: f"{path}:{line}")
+        valid = Recipe.model_validate(recipe.data, context=_look_ups())
+    except ValidationError as e:
+        errors = sorted(e.errors(include_url=False), key=lambda error: _order(recipe, error))
+        return problems + [_problem(recipe, error) for error in errors]
+    return problems or valid
 
 
 def _look_ups() -> dict[str, Callable[..., object]]:
@@ -169,7 +176,8 @@ def _problem(recipe: Document, error: ErrorDetails) -> str:
     elif kind == "missing":
         message = f"missing ({node['description'].rstrip('.')})"
     elif kind == "extra_forbidden":
-        message = f"unknown key, {nearest(str(path[-1]), parent['properties'])}"
+        valid = RecipeFile.model_fields if len(path) == 1 else parent["properties"]
+        message = f"unknown key, {nearest(str(path[-1]), valid)}"
     elif kind in ("union_tag_invalid", "union_tag_not_found"):
         name = node["discriminator"]["propertyName"]
         path = (*path, name)

@@ -381,3 +381,18 @@ class Recipe(Section):
                             *("prune", i, "trainings", j),
                         )
         return self
+
+
+class RecipeFile(Recipe):
+    """What a file may say besides: both are worked in when it is loaded, and gone thereafter."""
+
+    extends: str | None = Field(
+        None,
+        description="Another recipe that this one changes: a path relative to this file, or the "
+        "name of a bundled recipe. Mappings are merged, all else is replaced, null takes away.",
+    )
+    variants: dict[str, dict[str, JsonValue]] = Field(
+        default_factory=dict,
+        description="Named sets of changes to this recipe, written as one that extends it: "
+        "`spamprune run RECIPE@smoke` runs the one called smoke.",
+    )

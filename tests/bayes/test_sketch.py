@@ -332,3 +332,14 @@ def test_gradients_that_overflow_and_no_draws_are_refused():
         sketch(Root(), parts, n_data=4)
     with pytest.raises(PosteriorError, match="draws must be at least 1"):
         sketch(nn.Linear(3, 2), parts, n_data=4, draws=0)
+
+
+def test_a_layer_whose_squared_gradients_underflow_is_all_error():
+    torch.manual_seed(0)
+    dead = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        dead[1].weight.mul_(1e-25)  # as collapsed layers have
+    parts = [(torch.randn(8, 3), torch.arange(8) % 2)]
+    got = sketch(dead, parts, n_data=8)
+    assert not got.diag["0.weight"].any()
+    assert got.error["0.weight"] == 1.0

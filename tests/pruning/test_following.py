@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -19,7 +21,7 @@ IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 def vit():
     torch.manual_seed(0)
     return VisionTransformer(
-        img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=4, num_classes=3
+        img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=8, num_classes=3
     )
 
 
@@ -36,10 +38,10 @@ class Net(nn.Module):
         self.stem = nn.Conv2d(3, 12, 3, padding=1)
         self.norm = nn.BatchNorm2d(12)
         self.deep = nn.Conv2d(12, 12, 3, padding=1, groups=12)
-        self.grouped = nn.Conv2d(12, 8, 1, groups=2)
-        self.scale = nn.Parameter(torch.rand(1, 8, 1, 1))
+        self.grouped = nn.Conv2d(12, 16, 1, groups=2)
+        self.scale = nn.Parameter(torch.rand(1, 16, 1, 1))
         self.other = nn.Conv2d(3, 6, 3, padding=1)
-        self.fc = nn.Linear(14, 10)
+        self.fc = nn.Linear(22, 10)
         self.head = nn.Linear(10, 3)
 
     def forward(self, x):
@@ -89,9 +91,7 @@ class Twin:
         """Repeat what ``group`` is about to do to the model."""
         root = group.items[0]
         module = self.model.get_submodule(group._DG._module2name[root.dep.target.module])
-        handler = {f: f for f in self.graph._in_channel_pruning_fn}
-        handler |= {f: f for f in self.graph._out_channel_pruning_fn}
-        self.graph.get_pruning_group(module, handler[root.dep.handler], root.idxs).prune()
+        self.graph.get_pruning_group(module, root.dep.handler, root.idxs).prune()
 
     def sliced(self, originals):
         """Return what is left of tensors that were shaped like the parameters."""
@@ -133,7 +133,7 @@ MODES = {
         "global_pruning": True,
         "prune_num_heads": True,
         "prune_head_dims": False,
-        "head_pruning_ratio": 0.25,
+        "head_pruning_ratio": 5 / 16,  # torch-pruning must find a head in each step
     },
     "head dimensions": {"prune_head_dims": True},
 }
@@ -179,10 +179,9 @@ def test_precisions_stay_aligned_while_the_weights_are_tuned(make):
     "cls", [tp.pruner.MetaPruner, tp.pruner.GroupNormPruner, tp.pruner.GrowingRegPruner]
 )
 def test_other_pruners_take_it(cls):
-    model = net()
-    importance = ScoreImportance(random_scores(model))
-    pruner = pruner_of(model, importance, cls)
-    width = model.fc.out_features
+    model = resnet()
+    pruner = pruner_of(model, ScoreImportance(random_scores(model)), cls)
+    width = model.layer1[0].conv1.out_channels
     for _ in range(5):
         model(IMAGES).square().sum().backward()
         pruner.update_regularizer()
@@ -190,7 +189,42 @@ def test_other_pruners_take_it(cls):
             pruner.regularize(model)
         pruner.step()
         model.zero_grad()
-    assert model.fc.out_features == width / 2
+    assert model.layer1[0].conv1.out_channels == width / 2
+    assert model(IMAGES).shape == (4, 3)
+
+
+def test_the_heads_of_least_importance_go():
+    """Units are input channels of the projection: torch-pruning takes it as an attention's root."""
+    model = vit().eval()
+    importance = ScoreImportance(random_scores(model))
+    attentions = [block.attn for block in model.blocks]
+    pruner = tp.pruner.BasePruner(
+        model,
+        IMAGES,
+        importance=importance,
+        pruning_ratio=0.5,  # at 0 torch-pruning would not touch heads either
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=0.5,
+        num_heads={attention.qkv: 8 for attention in attentions},
+        ignored_layers=[model.patch_embed.proj, *(block.mlp for block in model.blocks), model.head],
+        in_channel_groups={},
+        out_channel_groups={},
+    )
+    kept = []
+    for attention in attentions:
+        group = pruner.DG.get_pruning_group(
+            attention.proj, tp.prune_linear_in_channels, list(range(32))
+        )
+        by_head = importance(group).reshape(8, 4).mean(1)
+        dims = by_head.argsort()[4:].sort().values[:, None] * 4 + torch.arange(4)
+        kept.append(attention.proj.weight.detach()[:, dims.flatten()].clone())
+    pruner.step()
+    for attention, expected in zip(attentions, kept, strict=True):
+        torch.testing.assert_close(attention.proj.weight.detach(), expected)
+        attention.num_heads = pruner.num_heads[attention.qkv]
+        attention.attn_dim = 16
+        assert attention.num_heads == 4
     assert model(IMAGES).shape == (4, 3)
 
 
@@ -198,7 +232,10 @@ def graph_of(model):
     return tp.DependencyGraph().build_dependency(model, IMAGES)
 
 
-def test_groups_that_are_pruned_by_hand_are_followed():
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.sets(st.integers(0, 2), min_size=1)), max_size=5))
+def test_whatever_is_pruned_by_hand_is_followed(cuts):
+    """Each cut is a group and some of its units; several may go between two scorings."""
     model = resnet()
     scores = random_scores(model)
     importance = ScoreImportance(scores)
@@ -206,13 +243,10 @@ def test_groups_that_are_pruned_by_hand_are_followed():
     graph = graph_of(model)
     groups = list(graph.get_all_groups(ignored_layers=[model.fc]))
     importance(groups[0])
-    for units in ([0, 3], [1], [2, 5]):  # several cuts, also of one layer, between two scorings
-        for group in groups[:3]:
-            some = graph.get_pruning_group(
-                group.items[0].dep.target.module, group.items[0].dep.handler, units
-            )
-            twin.prune(some)
-            group.prune(idxs=units)
+    for which, units in cuts:
+        root = groups[which].items[0].dep
+        twin.prune(graph.get_pruning_group(root.target.module, root.handler, sorted(units)))
+        groups[which].prune(idxs=sorted(units))
     reference = ScoreImportance(twin.sliced(scores))
     for group in graph_of(model).get_all_groups(ignored_layers=[model.fc]):  # a new graph as well
         torch.testing.assert_close(importance(group), reference(group))
@@ -254,15 +288,20 @@ def test_one_importance_serves_several_copies_and_several_importances_one_model(
 
 def test_frozen_parameters_that_torch_pruning_thaws_stay_out():
     model = net()
-    for p in (model.stem.weight, model.stem.bias):
-        p.requires_grad_(False)
-    scores = {n: s for n, s in random_scores(model).items() if not n.startswith("stem.")}
-    importance = ScoreImportance(scores)
+    frozen = ("norm.weight", "fc.bias")
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    scores = random_scores(model)
+    importance = ScoreImportance({n: s for n, s in scores.items() if n not in frozen})
     pruner = pruner_of(model, importance)
-    pruner.step()
-    assert model.stem.weight.requires_grad  # torch-pruning's doing
-    pruner.step()
-    assert model.stem.out_channels < 12
+    twin = Twin(model)
+    for _ in range(2):
+        for group in pruner.step(interactive=True):
+            twin.prune(group)
+            group.prune()
+    assert model.fc.bias.requires_grad  # torch-pruning's doing
+    zeros = {n: torch.zeros_like(scores[n]) for n in frozen}
+    assert_aligned(pruner, importance, twin.sliced(scores | zeros))
 
 
 def test_nothing_is_kept_alive():

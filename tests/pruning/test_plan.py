@@ -1,4 +1,8 @@
 import copy
+import dataclasses
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from spamprune import scores
 from spamprune.errors import PruningError
 from spamprune.models.classic import fc_cancer, lenet
 from spamprune.pruning import cost
-from spamprune.pruning.compaction import apply, masked, verify
+from spamprune.pruning.compaction import Plan, apply, masked, verify
 from spamprune.pruning.plan import Target, check_reachable, plan
 from tests.pruning.test_importance import Branches, resnet
 
@@ -46,10 +50,20 @@ def test_the_units_with_the_least_importance_go(network):
     assert next(g for g in found.groups if g.layer == "conv1").pruned == (1, 4)
 
 
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def stored_bytes(model):
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global", "isomorphic"])
 @pytest.mark.parametrize(
     "target",
-    [Target(ratio=0.5), Target(macs=0.3), Target(params=0.05), Target(ratio=0.95)],
+    [
+        Target(ratio=0.5),
+        Target(macs=0.3),
+        Target(params=0.05),
+        Target(bytes=0.3),
+        Target(ratio=0.95),
+    ],
     ids=str,
 )
 def test_compaction_agrees_with_the_mask_and_the_target_is_met(network, ranking, target):
@@ -62,8 +76,9 @@ def test_compaction_agrees_with_the_mask_and_the_target_is_met(network, ranking,
     if key == "macs":
         assert found.achieved[key] == cost.macs(small, image()) / cost.macs(network, image())
         assert found.achieved[key] <= wanted
-    elif key == "params":
-        assert found.achieved[key] == cost.params(small) / cost.params(network)
+    elif key in ("params", "bytes"):
+        measure = cost.params if key == "params" else stored_bytes
+        assert found.achieved[key] == measure(small) / measure(network)
         assert found.achieved[key] <= wanted
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
 
@@ -174,5 +189,307 @@ def test_unknown_layers_are_refused_with_suggestions(network):
 def test_a_plan_for_another_width_is_refused(network):
     found = plan(network, image(), magnitudes(network), Target(ratio=0.5))
     small = apply(network, found)
-    with pytest.raises(PruningError, match="expects 6 units in 'conv1', the model has 3"):
+    with pytest.raises(
+        PruningError, match=r"6 positions in dimension 0 of 'conv1\.weight'.* has 3"
+    ):
         apply(small, found)
+
+
+class Blocks(nn.Module):
+    """Convolutions with norms, grouped ones, tied widths, attention and a wide layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.wide = nn.Conv2d(16, 24, 1)
+        self.grouped = nn.Conv2d(24, 24, 3, padding=1, groups=4)
+        self.back = nn.Conv2d(24, 16, 1)
+        self.attend = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.fc = nn.Linear(16, 40)
+        self.head = nn.Linear(40, 5)
+
+    def forward(self, x):
+        y = self.norm(self.stem(x)).relu()
+        y = y + self.back(self.grouped(self.wide(y)).relu())
+        y = y.flatten(2).mT
+        y = y + self.attend(y, y, y, need_weights=False)[0]
+        return self.head(self.fc(y.mean(1)).relu())
+
+
+def blocks():
+    torch.manual_seed(0)
+    return Blocks().double().eval()
+
+
+def photo():
+    return torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("key", ["macs", "params", "bytes"])
+@pytest.mark.parametrize("ranking", ["uniform", "global", "isomorphic"])
+@pytest.mark.parametrize("kinds", [("hidden",), ("heads", "groups", "width", "hidden")])
+def test_budgets_are_those_of_the_compacted_network(key, ranking, kinds):
+    model, example = blocks(), photo()
+    measure = {
+        "macs": lambda m: cost.macs(m, example),
+        "params": cost.params,
+        "bytes": stored_bytes,
+    }[key]
+    wanted = {"macs": 0.998}.get(key, 0.9) if kinds == ("hidden",) else 0.5
+    found = plan(
+        model, example, magnitudes(model), Target(**{key: wanted}), ranking=ranking, kinds=kinds
+    )
+    small = apply(model, found)
+    assert measure(small) / measure(model) == pytest.approx(found.achieved[key], rel=1e-12)
+    assert found.achieved[key] <= wanted
+    assert verify(model, small, found, photo()) <= 1e-10
+
+
+def test_a_latency_budget_is_measured():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
+    example = torch.randn(256, 512)
+    found = plan(model, example, magnitudes(model), Target(latency=0.6))
+    assert 0.1 < found.achieved["latency"] < 0.9  # time varies on a busy machine
+    assert 200 < found.widths()["0"] < 1800
+
+
+@settings(max_examples=15, deadline=None)
+@given(ratio=st.floats(0.3, 0.9), multiple=st.sampled_from([1, 2, 4, 8]))
+def test_what_remains_is_a_multiple(ratio, multiple):
+    model = blocks()
+    found = plan(model, photo(), magnitudes(model), Target(ratio=ratio), round_to=multiple)
+    small = apply(model, found)
+    for layer in (small.stem, small.grouped, small.attend.out_proj):
+        assert layer.weight.shape[0] % multiple == 0
+    assert small.fc.out_features % multiple == 0
+    plain = plan(model, photo(), magnitudes(model), Target(ratio=ratio))
+    assert all(found.widths()[k] >= v for k, v in plain.widths().items())
+
+
+def test_ratios_by_pattern_hold_whatever_the_target_asks():
+    model = blocks()
+    found = plan(
+        model, photo(), magnitudes(model), Target(ratio=0.5), ratios={"f*": 0.75, "stem*": 0.0}
+    )
+    assert found.widths()["fc"] == 10
+    assert found.widths()["stem"] == 16
+    budget = plan(model, photo(), magnitudes(model), Target(params=0.8), ratios={"fc": 0.25})
+    assert budget.widths()["fc"] == 30
+    assert cost.params(apply(model, budget)) <= 0.8 * cost.params(model)
+    with pytest.raises(PruningError, match=r"no layer to prune is called 'fcc'.*'fc'"):
+        plan(model, photo(), magnitudes(model), Target(ratio=0.5), ratios={"fcc": 0.5})
+    with pytest.raises(PruningError, match=r"ratio 1\.5 of 'fc' is out of range"):
+        plan(model, photo(), magnitudes(model), Target(ratio=0.5), ratios={"fc": 1.5})
+
+
+def test_ignored_layers_keep_their_outputs():
+    model = blocks()
+    found = plan(model, photo(), magnitudes(model), Target(ratio=0.5), ignored=["wide", "f?"])
+    assert found.widths() == {"stem": 8, "attend:heads": 2}
+    small = apply(model, found)
+    assert (small.wide.out_channels, small.fc.out_features) == (24, 40)
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (lambda: nn.ConvTranspose2d(8, 12, 2, bias=False), {"0": 4}),
+        (lambda: nn.Conv2d(8, 12, 2, bias=False), {"0": 4}),
+    ],
+)
+def test_outputs_of_transposed_layers_are_theirs_too(make, kept):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), make(), nn.ReLU(), nn.Conv2d(12, 2, 1))
+    found = plan(
+        model, torch.randn(1, 3, 8, 8), magnitudes(model), Target(ratio=0.5), ignored=["2"]
+    )
+    assert found.widths() == kept
+
+
+def test_isomorphic_ranking_lets_layers_of_one_kind_compete_and_no_others():
+    """Two convolutions share a pool; the linear layer, all worthless, only loses its own share."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(128, 8),
+        nn.Linear(8, 2),
+    )  # fmt: skip
+    values = {n: torch.ones_like(p) for n, p in model.named_parameters()}
+    values["4.weight"][:] = values["4.bias"][:] = values["5.weight"][:] = 0
+    values["0.weight"][:6] = values["0.bias"][:6] = values["1.weight"][:, :6] = 0.0
+    example = torch.randn(1, 3, 4, 4)
+    found = plan(model, example, values, Target(ratio=0.5), ranking="isomorphic")
+    assert found.widths() == {"0": 2, "1": 6, "2": 4, "4": 4}
+    assert plan(
+        model, example, values, Target(ratio=0.5), ranking="uniform"
+    ).widths() == dict.fromkeys(("0", "1", "2", "4"), 4)
+
+
+def test_frozen_parameters_have_no_score_but_go_with_their_units():
+    model = blocks()
+    for name in ("stem.weight", "norm.weight"):
+        model.get_parameter(name).requires_grad_(False)
+    found = plan(model, photo(), magnitudes(model), Target(ratio=0.5))
+    small = apply(model, found)
+    assert not small.stem.weight.requires_grad
+    assert small.fc.weight.requires_grad
+    assert small.stem.out_channels == 8
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(PruningError, match="nothing in its group is trainable"):
+        plan(model, photo(), {}, Target(ratio=0.5))
+
+
+class Numbers(nn.Module):
+    """A number in its code, a check of its own and two layers that nothing holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.viewed = nn.Linear(6, 128)
+        self.checked = nn.Linear(128, 64)
+        self.free = nn.Linear(64, 32)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        y = self.viewed(x).view(len(x), 8, 16).softmax(1).flatten(1)
+        y = self.checked(y).relu()
+        if y.shape[1] != 64:
+            raise RuntimeError("I want 64")
+        return self.head(self.free(y).relu())
+
+
+def test_layers_whose_code_does_not_follow_are_left_whole_by_name():
+    torch.manual_seed(0)
+    model = Numbers()
+    found = plan(model, torch.randn(2, 6), magnitudes(model), Target(ratio=0.5))
+    assert found.widths() == {"free": 16}
+    assert any(n.startswith("viewed: ") and "8 is a plain number" in n for n in found.notes)
+    assert any(n.startswith("checked: ") and "I want 64" in n for n in found.notes)
+    assert apply(model, found)(torch.randn(2, 6)).shape == (2, 3)
+
+
+def test_two_layers_that_fail_only_together_lose_one():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8)
+            self.c, self.d = nn.Linear(8, 3), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y, z = self.a(x), self.b(x)
+            assert 8 in (y.shape[-1], z.shape[-1]), "one of them must be 8"
+            return self.c(y) + self.d(z)
+
+    torch.manual_seed(0)
+    model = Either()
+    found = plan(model, torch.randn(2, 6), magnitudes(model), Target(ratio=0.5))
+    assert found.widths() == {"a": 4}
+    assert [n for n in found.notes if n.startswith("b: ") and "one of them must be 8" in n]
+
+
+def test_a_network_that_looks_at_its_data_is_pruned_along_the_way_it_took():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            if y.sum() > 1e9:
+                y = y + self.b(y)
+            return self.c(y)
+
+    torch.manual_seed(0)
+    model = Looks()
+    found = plan(model, torch.randn(2, 6), magnitudes(model), Target(ratio=0.5))
+    assert found.widths()["a"] == 4
+
+
+def test_a_plan_is_json_and_works_in_another_process(tmp_path):
+    model = blocks()
+    found = plan(model, photo(), magnitudes(model), Target(macs=0.5), round_to=2)
+    assert Plan.from_json(found.to_json()) == found
+    (tmp_path / "plan.json").write_text(found.to_json())
+    code = (
+        "import sys, torch, json\n"
+        "from tests.pruning.test_plan import blocks\n"
+        "from spamprune.pruning.compaction import Plan, apply\n"
+        "small = apply(blocks(), Plan.from_json(open(sys.argv[1]).read()))\n"
+        "print(json.dumps({n: list(t.shape) for n, t in small.state_dict().items()}))\n"
+        "small(torch.randn(1, 3, 8, 8).double()).sum().backward()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "plan.json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = {n: list(t.shape) for n, t in apply(model, found).state_dict().items()}
+    assert json.loads(done.stdout) == expected
+    assert found.summary().keys().isdisjoint({"cuts", "attributes", "scalings"})
+
+
+HOSTILE = {
+    "not JSON": lambda d: "{",
+    "no object": lambda d: "[]",
+    "an unknown key": lambda d: d | {"code": "import os"},
+    "an unknown ranking": lambda d: d | {"ranking": "chaos"},
+    "a unit that is no number": lambda d: d | {"groups": [d["groups"][0] | {"pruned": ["a"]}]},
+    "a missing part": lambda d: {k: v for k, v in d.items() if k != "groups"},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_no_plan_is_refused(network, name):
+    good = json.loads(plan(network, image(), magnitudes(network), Target(ratio=0.5)).to_json())
+    bad = HOSTILE[name](good)
+    with pytest.raises(PruningError, match=r"this is no plan: .* at "):
+        Plan.from_json(bad if isinstance(bad, str) else json.dumps(bad))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"tensor": "conv9.weight"}, r"'conv9\.weight': did you mean 'conv"),
+        ({"dim": 7}, "dimension 7 of"),
+        ({"dim": -1}, "dimension -1 of"),
+        ({"size": 5}, "expects 5 positions"),
+        ({"gone": (6,)}, "names positions that dimension 0"),
+        ({"gone": (-1,)}, "names positions that dimension 0"),
+        ({"gone": tuple(range(6))}, "leaves nothing of dimension 0"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(network, change, why):
+    found = plan(network, image(), magnitudes(network), Target(ratio=0.5))
+    cut = dataclasses.replace(found.cuts[0], **change)
+    for use in (apply, masked):
+        with pytest.raises(PruningError, match=why):
+            use(network, dataclasses.replace(found, cuts=(cut,)))
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"": {"forward": 1}},
+        {"": {"training": 0}},
+        {"": {"__class__": 1}},
+        {"conv1": {"weight": 1}},
+        {"conv1": {"bias_of_mine": 1}},
+        {"conv1": {"_parameters": [1]}},
+        {"nowhere": {"groups": 1}},
+    ],
+    ids=str,
+)
+def test_a_plan_sets_nothing_but_sizes(network, attributes):
+    found = plan(network, image(), magnitudes(network), Target(ratio=0.5))
+    with pytest.raises(PruningError, match=r"no size of the model|module 'nowhere'"):
+        apply(network, dataclasses.replace(found, attributes=attributes))
+
+
+def test_a_model_that_cannot_be_copied_says_so():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 6)), nn.Linear(6, 8), nn.Linear(8, 2))
+    model(torch.randn(1, 4))
+    with pytest.raises(PruningError, match="Sequential cannot be copied"):
+        plan(model, torch.randn(1, 4), magnitudes(model), Target(ratio=0.5))

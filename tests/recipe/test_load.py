@@ -177,7 +177,8 @@ def test_a_misspelt_key_comes_before_what_is_missing_for_it(write: Write) -> Non
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- 1\n", "word\n"])
 def test_a_recipe_is_a_mapping(write: Write, text: str) -> None:
     Path(write()).write_text(text)
-    assert problems("r.yaml") == ["r.yaml:1: a recipe is a mapping of keys to values"]
+    with pytest.raises(RecipeError, match=r"^r\.yaml:1: a recipe is a mapping of keys to values$"):
+        check("r.yaml")
 
 
 def test_a_binary_file_is_no_recipe(write: Write) -> None:

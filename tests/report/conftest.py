@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
+from spamprune.recipe import dump
+from spamprune.recipe.schema import Recipe
+from spamprune.report.merge import measured
 from spamprune.report.results import (
     Cell,
     Compacted,
@@ -16,6 +20,7 @@ from spamprune.report.results import (
     Quality,
     Results,
     Size,
+    write_results,
 )
 
 SPARSITIES = (0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
@@ -142,5 +147,84 @@ def make_results() -> Callable[..., Results]:
             train_seconds=1234.5,
             cells=cells,
         )
+
+    return make
+
+
+def _recipe(name: str, threads: int, results: Results) -> dict[str, Any]:
+    """Return the recipe that could have given ``results``."""
+    cells = results.cells
+    masked = {m.criterion: None for cell in cells for m in cell.masked}
+    compacted = {c.criterion: None for cell in cells for c in cell.compacted}
+    prune: list[dict[str, Any]] = [
+        {"kind": "unstructured", "criteria": list(masked) or ["opd"]},
+        {
+            "kind": "structured",
+            "criteria": list(compacted) or ["opd"],
+            "targets": [{"macs": share} for share in (0.5, 0.2, 0.1, 0.05)],
+        },
+    ]
+    return {
+        "name": name,
+        "seeds": list({cell.seed: None for cell in cells}),
+        "threads": threads,
+        "data": {"name": "fashion_mnist"},
+        "model": {"name": "lenet"},
+        "train": {cell.training: {"method": cell.method} for cell in cells},
+        "prune": prune,
+    }
+
+
+@pytest.fixture
+def make_run(
+    make_results: Callable[..., Results], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Return a function that writes a finished run into a folder of the current one.
+
+    ``changes`` are to the recipe, ``data`` and ``environment`` to the results; ``keep`` names the
+    criteria that are left; ``worse`` lowers the accuracy of the unpruned networks; ``reverse``
+    turns the experiments round.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def make(
+        folder: str,
+        *,
+        first_seed: int = 0,
+        name: str = "lenet_fmnist",
+        threads: int = 1,
+        changes: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+        keep: tuple[str, ...] | None = None,
+        worse: float = 0.0,
+        reverse: bool = False,
+        **arguments: Any,
+    ) -> str:
+        results = make_results(**arguments)
+        results.data |= data or {}
+        results.environment = results.environment | (environment or {})
+        for cell in results.cells:
+            cell.seed += first_seed
+            cell.dense.accuracy -= worse
+            if keep is not None:
+                cell.masked = [m for m in cell.masked if m.criterion in keep]
+        recipe = _recipe(name, threads, results)
+        if reverse:
+            recipe["prune"].reverse()
+            for record in (r for cell in results.cells for r in measured(cell)):
+                record.experiment = 1 - record.experiment
+        for path, value in (changes or {}).items():
+            *parents, last = path.split(".")
+            holder: Any = recipe
+            for key in parents:
+                holder = (
+                    holder[int(key)] if isinstance(holder, list) else holder.setdefault(key, {})
+                )
+            holder[last] = value
+        write_results(Path(folder), results)
+        checked = Recipe.model_validate(recipe)
+        Path(folder, "recipe.yaml").write_text(dump(checked), encoding="utf-8")
+        return folder
 
     return make

@@ -178,7 +178,7 @@ def _match(a: Axis, b: Axis) -> bool:
             runs.append([])
         runs[-1].append(piece)
     lengths = [sum(p.size for p in run) for run in runs]
-    if lengths[-1] % inner.size:
+    if len(runs) == 1 or lengths[-1] % inner.size:
         return False
     rows = cut(outer, [length // inner.size for length in lengths])
     if rows is None:

@@ -34,7 +34,7 @@ class Code(TorchFunctionMode):
             with self:
                 return COMPOSITES[func](*args, **kwargs)
         if func in (_SHAPE, torch.Tensor.size):
-            return self._shape(func(*args, **kwargs), args[0])
+            return self._shape(func(*args, **kwargs), args[0], *args[1:], **kwargs)
         start = self.recorder.calls
         result = func(*args, **kwargs)
         self.span = range(start, self.recorder.calls)
@@ -43,13 +43,13 @@ class Code(TorchFunctionMode):
             site(self, args, kwargs, result)
         return result
 
-    def _shape(self, shape: Any, tensor: Tensor) -> Any:
-        """Return a shape whose sizes remember their axes."""
+    def _shape(self, shape: Any, tensor: Tensor, dim: int | None = None) -> Any:
+        """Return a shape, or one size of it, that remembers its axes."""
         if not self.recorder.knows(tensor):
             return shape
         axes = self.recorder.axes(tensor)
-        if isinstance(shape, int):
-            return Size(shape, next(a for a in axes if a.size == shape))
+        if dim is not None:
+            return Size(shape, axes[dim])
         return torch.Size([Size(n, a) for n, a in zip(shape, axes, strict=True)])
 
     def bind(self, sizes: Sequence[Any], axes: Sequence[Axis]) -> None:
@@ -135,10 +135,13 @@ def _interval(code: Code, axis: Axis, start: Any, stop: Any) -> None:
     parts = cut(axis, [low, max(high - low, 0), n - max(high, low)])
     if parts is None:
         return
-    if start is not None and low:
-        code.recorder.bind(expression_of(start), parts[0])
-    if stop is not None and high < n:
-        code.recorder.bind(expression_of(stop), concat(parts[:2]))
+    for bound, place, before, after in (
+        (start, low, parts[0], concat(parts[1:])),
+        (stop, high, concat(parts[:2]), parts[2]),
+    ):
+        if bound is not None and 0 < place < n:  # negative bounds count from the end
+            size, axis = (bound, before) if bound >= 0 else (-bound, after)
+            code.recorder.bind(expression_of(size), axis)
 
 
 def _convolution(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -150,8 +153,9 @@ def _convolution(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], resu
             code.bind([groups], rows[:1])
 
 
-def _group_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    groups = args[1] if len(args) > 1 else kwargs["num_groups"]
+def _channel_groups(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    names = ("num_groups", "groups")
+    groups = args[1] if len(args) > 1 else next(kwargs[n] for n in names if n in kwargs)
     channels = code.recorder.axes(args[0])[1]
     parts = factor(channels, [int(groups), channels.size // groups])
     if parts is not None:
@@ -195,7 +199,7 @@ _SITES: _Sites = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
     **dict.fromkeys(("matmul", "__matmul__", "bmm"), _product),
     "scaled_dot_product_attention": _attention,
-    "group_norm": _group_norm,
+    **dict.fromkeys(("group_norm", "channel_shuffle", "native_channel_shuffle"), _channel_groups),
     "unflatten": _unflatten,
     "narrow": _narrow,
     "__getitem__": _item,

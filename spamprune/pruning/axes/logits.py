@@ -67,6 +67,8 @@ _LAYOUT = frozenset(
     )
 )
 _Range = tuple[Axis, int, int]
+#: Name and dimension of a parameter → which positions.
+_Rows = dict[tuple[str, int], Tensor]
 
 
 def fold(recorder: _Recorder, logits: Logits) -> Fold:
@@ -75,25 +77,30 @@ def fold(recorder: _Recorder, logits: Logits) -> Fold:
     stored = getattr(logits.module, "scale", None)
     if isinstance(stored, float) and math.isclose(stored, logits.depth.size**-0.5, rel_tol=1e-6):
         result.scale = logits.path
-    for tensor in (logits.query, logits.key):
-        found: dict[tuple[str, int], Tensor] = {}
-        try:
-            _search(recorder, tensor, logits, found)
-        except _NotLinearError:
-            continue
-        result.rows = [(name, dim, rows.nonzero()[:, 0]) for (name, dim), rows in found.items()]
-        return result
-    fix(logits.depth, f"the scale of the logits in {logits.path} cannot be folded")
+    queries, keys = (_scaled_by(recorder, t, logits) for t in (logits.query, logits.key))
+    shared = any((queries[place] & keys[place]).any() for place in queries.keys() & keys.keys())
+    found = {} if shared else queries or keys
+    result.rows = [(name, dim, rows.nonzero()[:, 0]) for (name, dim), rows in found.items()]
+    if not found:
+        fix(logits.depth, f"the scale of the logits in {logits.path} cannot be folded")
     return result
+
+
+def _scaled_by(recorder: _Recorder, tensor: Tensor, logits: Logits) -> _Rows:
+    """Return the rows of parameters that scale queries or keys, none where that cannot be."""
+    found: _Rows = {}
+    try:
+        _search(recorder, tensor, logits, found)
+    except _NotLinearError:
+        return {}
+    return found
 
 
 class _NotLinearError(Exception):
     """A query or key that no parameter scales, or not alone."""
 
 
-def _search(
-    recorder: _Recorder, tensor: Tensor, logits: Logits, found: dict[tuple[str, int], Tensor]
-) -> None:
+def _search(recorder: _Recorder, tensor: Tensor, logits: Logits, found: _Rows) -> None:
     """Go back from queries or keys to the last parameters that scale them; note their rows.
 
     Selections on the way, such as the first third of a joint projection, narrow the rows down.
@@ -112,12 +119,15 @@ def _search(
         if name is not None:
             _note(recorder, name, ranges, logits.depth, found)
             continue
-        call = recorder.origins.get(id(tensor))
-        if call is None:
-            if recorder.is_data(tensor):
-                raise _NotLinearError
-            continue  # a constant, such as the zeros that stand for the bias of keys
-        waiting += [(t, r) for t, r in _operands(recorder, call, tensor, ranges)]
+        calls = recorder.makers.get(id(tensor), [])
+        if not calls and recorder.is_data(tensor):
+            raise _NotLinearError
+        # without calls it is a constant, such as the zeros that stand for the bias of keys
+        for call in reversed(calls):
+            operands = _operands(recorder, call, tensor, ranges)
+            waiting += operands
+            if all(t is not tensor for t, _ in operands):  # not one that changes it in place
+                break
     ids = {number for number, _ in seen}
     if not found or any(_used_elsewhere(recorder, t, ids, logits.span) for t in alone):
         raise _NotLinearError
@@ -138,7 +148,7 @@ def _note(
     name: str,
     ranges: tuple[_Range, ...],
     depth: Axis,
-    found: dict[tuple[str, int], Tensor],
+    found: _Rows,
 ) -> None:
     """Add the rows of a parameter that belong to queries."""
     for dim, axis in enumerate(recorder.axes(recorder.named[name])):
@@ -168,7 +178,7 @@ def _operands(
     tensors = call.tensors()
     data = [t for t in tensors if recorder.is_data(t)]
     if call.name in ("add", "add_", "sub", "sub_"):
-        return [(t, ranges) for t in tensors]
+        return [(t, ranges) for t in tensors] if len(tensors) == 2 else _give_up()
     if call.name in ("mul", "mul_", "div", "div_"):
         weights = [t for t in tensors if not recorder.is_data(t) and _made_of(recorder, t)]
         if call.name.startswith("mul") and weights:
@@ -195,8 +205,8 @@ def _made_of(recorder: _Recorder, tensor: Tensor) -> bool:
     """Tell whether a tensor is a parameter or computed from one."""
     if id(tensor) in recorder.parameters:
         return True
-    call = recorder.origins.get(id(tensor))
-    return call is not None and any(_made_of(recorder, t) for t in call.tensors())
+    calls = recorder.makers.get(id(tensor), [])[:1]
+    return any(_made_of(recorder, t) for call in calls for t in call.tensors())
 
 
 def _selection(recorder: _Recorder, call: Call, tensor: Tensor) -> list[_Range]:

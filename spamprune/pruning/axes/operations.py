@@ -279,7 +279,8 @@ def _slice(call: Call) -> list[Axes]:
     if step == 1:
         axes[dim] = _take(axes[dim], [start, stop - start, size - stop], call.why)[1]
         return [axes]
-    parts = factor(axes[dim], [size // step, step]) if size % step == 0 and stop == size else None
+    regular = size % step == 0 and stop == size and start < step
+    parts = factor(axes[dim], [size // step, step]) if regular else None
     if parts is None:
         fix(axes[dim], call.why)
         axes[dim] = Axis(call.shape[dim], fixed=call.why)
@@ -308,6 +309,16 @@ def _split(call: Call) -> list[Axes]:
                 fix(axes[dim], call.why)
     dim %= len(axes)
     return [[*axes[:dim], part, *axes[dim + 1 :]] for part in parts]
+
+
+@rule("glu")
+def _glu(call: Call) -> list[Axes]:
+    axes = list(call.of("self"))
+    half = axes_size(call) // 2
+    value, gate = _take(axes[call["dim"]], [half, half], call.why)
+    tie(value, gate)
+    axes[call["dim"]] = value
+    return [axes]
 
 
 @rule("unbind")
@@ -443,7 +454,7 @@ def _embedding(call: Call) -> list[Axes]:
 # --- reductions and normalisation -----------------------------------------------------------------
 
 
-@rule("sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all", "prod", "var")
+@rule("sum", "mean", "amax", "amin", "max", "min", "any", "all", "prod", "var")
 @rule("std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm", "nansum", "median")
 def _reduce(call: Call) -> list[Axes]:
     if isinstance(call["other"], Tensor):  # max and min of two tensors
@@ -459,6 +470,14 @@ def _reduce(call: Call) -> list[Axes]:
     if not call["keepdim"]:
         keep = [axis for d, axis in enumerate(keep) if d not in gone]
     return [keep for _ in call.outputs]
+
+
+@rule("argmax", "argmin")
+def _position_of(call: Call) -> list[Axes]:
+    axes = call.of("self")
+    for axis in axes if call["dim"] is None else [axes[call["dim"]]]:
+        fix(axis, call.why)
+    return _reduce(call)
 
 
 @rule("_softmax", "_log_softmax", "softmax", "log_softmax", "_safe_softmax")

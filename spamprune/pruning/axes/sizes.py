@@ -58,6 +58,13 @@ class Size(int):
         size.expression = expression
         return size
 
+    def __neg__(self) -> Size:
+        """Return the negative, with its origin."""
+        own = self.expression
+        if isinstance(own, Operation) and own.function is operator.sub and own.left == 0:
+            return Size(-int(self), own.right)
+        return Size(-int(self), Operation(operator.sub, 0, own))
+
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         """Copy and pickle as a plain integer."""
         return int, (int(self),)
@@ -94,19 +101,20 @@ def expression_of(value: int) -> Expression:
 
 @contextmanager
 def tracked(model: nn.Module) -> Iterator[None]:
-    """Make every integer that a module keeps, alone or in a list or tuple, a :class:`Size`."""
-    originals: list[tuple[dict[str, Any], str, Any]] = []
+    """Make every integer that a module keeps, alone or in a list or tuple, a :class:`Size`.
+
+    Afterwards modules have the attributes they had, whatever a forward pass set.
+    """
+    originals = [(vars(module), dict(vars(module))) for module in model.modules()]
     for path, module in model.named_modules():
         for name, value in list(vars(module).items()):
-            replaced = _wrap(value, path, name)
-            if replaced is not value:
-                originals.append((vars(module), name, value))
-                vars(module)[name] = replaced
+            vars(module)[name] = _wrap(value, path, name)
     try:
         yield
     finally:
-        for attributes, name, value in originals:
-            attributes[name] = value
+        for attributes, before in originals:
+            attributes.clear()
+            attributes.update(before)
 
 
 def _wrap(value: Any, path: str, name: str) -> Any:

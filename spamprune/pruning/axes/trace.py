@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +40,8 @@ from spamprune.pruning.axes.sizes import (
 #: A forward pass that takes longer is given up, seconds.
 LIMIT = 600
 _NOT_A_PARAMETER = "a tensor that is neither parameter nor buffer"
+#: In-place operations after which a tensor has other axes.
+_RELAID = frozenset({"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"})
 
 
 @dataclass
@@ -129,10 +131,15 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
                 f"{tuple(example.shape)}: in {recorder.where or 'the model'}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    for tensor in tree_leaves(output):
-        if isinstance(tensor, Tensor):
-            for axis in recorder.axes(tensor):
-                fix(axis, "the model's output")
+    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+    if not tensors:
+        raise PruningError(
+            f"{type(model).__name__} returns a {type(output).__name__}, in which no tensor is "
+            "found: let it return tensors, or tuples, lists or dictionaries of them"
+        )
+    for tensor in tensors:
+        for axis in recorder.axes(tensor):
+            fix(axis, "the model's output")
     result = Trace(
         {name: recorder.axes(tensor) for name, tensor in recorder.named.items()},
         shapes_of(output),
@@ -152,7 +159,8 @@ def shapes_of(output: object) -> list[torch.Size]:
 def _settle(result: Trace, bound: Mapping[Attribute, Axis]) -> None:
     """Bundle or fix the axes whose sizes in the code do not follow, tried with random counts."""
     chance = random.Random(0)
-    free = {leaf for axes in result.tensors.values() for axis in axes for leaf in leaves(axis)}
+    named = (axis for axes in result.tensors.values() for axis in axes)
+    free = list(dict.fromkeys(leaf for axis in named for leaf in leaves(axis)))
     tried: set[tuple[Expression, Axis]] = set()
     passed = 0
     while passed < 8:
@@ -172,7 +180,7 @@ def _settle(result: Trace, bound: Mapping[Attribute, Axis]) -> None:
 
 
 def _random_counts(
-    free: set[Axis], known: list[bundles.Bundle], chance: random.Random
+    free: Sequence[Axis], known: list[bundles.Bundle], chance: random.Random
 ) -> dict[Axis, int]:
     """Return how many positions each leaf keeps, those of a bundle in step."""
     kept = {leaf: chance.randint(1, leaf.size) for leaf in free if not leaf.fixed}
@@ -229,8 +237,8 @@ class _Recorder(TorchDispatchMode):
         self.costs: list[Axes] = []
         self.sizes: list[tuple[Expression, Axis]] = []
         self.logits: list[Logits] = []
-        self.origins: dict[int, Call] = {}
         self.readers: dict[int, list[Call]] = {}
+        self.makers: dict[int, list[Call]] = {}
         self.calls = 0
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self._axes: dict[int, Axes] = {}
@@ -334,12 +342,12 @@ class _Recorder(TorchDispatchMode):
         found = rule(call)
         data = any(map(self.is_data, call.tensors()))
         for tensor, axes in zip(outputs, found, strict=True):
-            if self.knows(tensor):  # written in place
+            if self.knows(tensor) and name not in _RELAID:  # written in place
                 for old, new in zip(self.axes(tensor), axes, strict=True):
                     operations.tie(old, new)
             else:
                 self._put(tensor, axes)
-                self.origins[id(tensor)] = call
+            self.makers.setdefault(id(tensor), []).append(call)
             if data:
                 self._data.add(id(tensor))
         return result

@@ -1,0 +1,277 @@
+"""Mean-field variational inference: a Gaussian for every weight, for any network.
+
+Every weight is ``w = γ w̃`` with ``w̃ ~ N(0, 1)`` a priori and ``w̃ ~ N(μ, σ²)`` a posteriori; the
+scale γ is learned with it, see :mod:`spamprune.bayes.scales`. Training minimises the negative
+evidence lower bound per sample, ``mean loss + KL/N``, with one draw of the weights per batch
+(Blundell et al. 2015).
+
+One draw for a whole batch makes for noisy gradients. In linear layers and convolutions every sample
+therefore flips the signs of the deviations by those of its inputs and outputs, drawn at random
+(flipout, Wen et al. 2018): deviations are symmetric, so each sample still sees weights drawn from
+the posterior, the same at all of its positions. Noise drawn at the outputs instead (local
+reparameterisation, Kingma et al. 2015) would be exact only where a sample meets a weight once: not
+in convolutions, nor on tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from spamprune.bayes.curvature import Curvature
+from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
+from spamprune.bayes.parameters import check_shapes, named_parameters
+from spamprune.bayes.posterior import Posterior
+from spamprune.bayes.reduction import layers
+from spamprune.bayes.scales import Horseshoe, LayerScale, softplus_inverse
+from spamprune.errors import PosteriorError
+from spamprune.modules import device_of, evaluation_mode
+
+#: σ at the start, as in the paper's code.
+_START = 0.1
+
+#: Products of data with a weight, as ``(input, weight, bias, …)``, and the axis of channels.
+_PRODUCTS = {
+    F.linear: -1,
+    F.conv1d: 1,
+    F.conv2d: 1,
+    F.conv3d: 1,
+    F.conv_transpose1d: 1,
+    F.conv_transpose2d: 1,
+    F.conv_transpose3d: 1,
+}
+
+
+class MeanField(nn.Module):
+    """A network with a distribution over its weights, to be trained in its place.
+
+    ``loss = F.cross_entropy(field(x), y) + field.penalty()`` in any training loop; optimise
+    ``field.parameters()``. The network's own parameters are where the means start; they take no
+    part in training, and :meth:`posterior` sets them to the means. Dropout is best left out.
+
+    Args:
+        network: The network. It is registered as a part, so that modes, devices and buffers follow.
+        n_data: N, the number of training samples.
+        prior: ``"gaussian"`` has one learned scale for each layer; ``"horseshoe"`` one for each
+            row too, with heavy tails.
+
+    Raises:
+        PosteriorError: There is nothing to train, or the prior is unknown.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        n_data: int,
+        *,
+        prior: Literal["gaussian", "horseshoe"] = "gaussian",
+    ):
+        super().__init__()
+        kinds = {"gaussian": LayerScale, "horseshoe": Horseshoe}
+        if prior not in kinds:
+            raise PosteriorError(f"unknown prior {prior!r}: one of {', '.join(kinds)}")
+        parameters = named_parameters(network)
+        if not parameters:
+            raise PosteriorError("the network has no trainable parameters: set requires_grad")
+        self.network, self.n_data = network, n_data
+        self._layers = list(layers(parameters).values())
+        self._names = [name for names in self._layers for name in names]
+        # a tensor that several modules share may be met by operations of which only some can flip
+        everywhere = [p for _, p in network.named_parameters(remove_duplicate=False)]
+        self._shared = {n for n, p in parameters.items() if sum(p is q for q in everywhere) > 1}
+        device = device_of(network)
+        self.scales = nn.ModuleList(
+            kinds[prior]([parameters[n].detach() for n in names], last=names is self._layers[-1])
+            for names in self._layers
+        ).to(device)
+        self.means, self.spreads = nn.ParameterList(), nn.ParameterList()
+        with torch.no_grad():
+            for name, scale in zip(self._names, self._scales(draw=False), strict=True):
+                value = parameters[name].detach()
+                self.means.append(nn.Parameter((value / scale).contiguous()))
+                self.spreads.append(nn.Parameter(torch.full_like(value, softplus_inverse(_START))))
+                self.register_buffer(self._mask(name), torch.ones_like(value, dtype=torch.bool))
+
+    @staticmethod
+    def _mask(name: str) -> str:
+        return "mask:" + name.replace(".", ":")
+
+    def _scales(self, *, draw: bool) -> list[Tensor]:
+        """Return γ for every parameter, of a shape that broadcasts to its own."""
+        return [scale for layer in self.scales for scale in cast(LayerScale, layer)(draw=draw)]
+
+    def _draw(self) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """Return weights by name, and the means and deviations that they are sums of."""
+        weights, parts = {}, {}
+        drawn = zip(self._names, self._scales(draw=True), self.means, self.spreads, strict=True)
+        for name, scale, mean, spread in drawn:
+            scale = scale * self.get_buffer(self._mask(name))
+            parts[name] = (
+                scale * mean,
+                scale * (F.softplus(spread) * torch.randn_like(spread)),
+            )
+            weights[name] = parts[name][0] + parts[name][1]
+        return weights, parts
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the network's outputs under drawn weights."""
+        weights, parts = self._draw()
+        drawn = {
+            id(weights[name]): part for name, part in parts.items() if name not in self._shared
+        }
+        with _Flipout(drawn, len(inputs)):
+            return functional_call(self.network, weights, (inputs,))
+
+    def divergence(self) -> Tensor:
+        """Return KL(q‖p) of weights and scales in nats, ≥ 0."""
+        total = torch.stack([cast(LayerScale, scale).divergence() for scale in self.scales]).sum()
+        for mean, spread in zip(self.means, self.spreads, strict=True):
+            sigma = F.softplus(spread)
+            squares = torch.linalg.vector_norm(mean) ** 2 + torch.linalg.vector_norm(sigma) ** 2
+            total = total + 0.5 * (squares - mean.numel()) - sigma.log().sum()
+        return total
+
+    def penalty(self) -> Tensor:
+        """Return KL/N, to be added to the mean loss of a batch."""
+        return self.divergence() / self.n_data
+
+    @torch.no_grad()
+    def prune(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold weights at zero from now on; what was pruned before stays so.
+
+        Args:
+            masks: By name, True where a weight stays.
+
+        Raises:
+            PosteriorError: The masks are those of another network.
+        """
+        check_shapes(self.network, masks, "the set of masks")
+        for name, mean, spread in zip(self._names, self.means, self.spreads, strict=True):
+            mask = self.get_buffer(self._mask(name))
+            mask &= masks[name]
+            # the data no longer tell of them: their posterior is the prior
+            mean.masked_fill_(~mask, 0.0)
+            spread.masked_fill_(~mask, softplus_inverse(1.0))
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, samples: int = 100) -> Tensor:
+        """Return class probabilities averaged over weights, in evaluation mode.
+
+        Args:
+            inputs: A batch.
+            samples: How many times the weights are drawn.
+
+        Returns:
+            Shape (B, C, …), classes in dimension 1.
+        """
+        with evaluation_mode(self.network):
+            total = torch.zeros((), device=inputs.device)
+            for _ in range(samples):
+                weights, _ = self._draw()
+                total = total + functional_call(self.network, weights, (inputs,)).softmax(1)
+        return total / samples
+
+    @torch.no_grad()
+    def elbo(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        likelihood: Likelihood = CLASSIFICATION,
+    ) -> float:
+        """Return the evidence lower bound in nats, with one draw of the weights per batch.
+
+        Raises:
+            PosteriorError: The loader gave another number of samples than N.
+        """
+        loss, seen, device = 0.0, 0, device_of(self.network)
+        with evaluation_mode(self.network):
+            for inputs, targets in loader:
+                outputs = self(inputs.to(device))
+                loss += likelihood.losses(outputs, targets.to(device)).double().sum().item()
+                seen += len(inputs)
+        if seen != self.n_data:
+            raise PosteriorError(
+                f"the loader gave {seen} samples and n_data is {self.n_data}: give the training set"
+            )
+        return -loss - self.divergence().item()
+
+    @torch.no_grad()
+    def posterior(
+        self,
+        loader: Iterable[tuple[Tensor, Tensor]],
+        likelihood: Likelihood = CLASSIFICATION,
+    ) -> Posterior:
+        """Set the network to the posterior means, and return the posterior around them.
+
+        Scales are taken at their medians. Pruned weights are zero, with the prior's precision.
+
+        Args:
+            loader: The training data.
+            likelihood: Of the targets.
+
+        Returns:
+            A diagonal posterior whose curvature is ``P − δ`` and whose evidence is the lower bound.
+        """
+        bound = self.elbo(loader, likelihood)
+        parameters = named_parameters(self.network)
+        diag, prior = {}, {}
+        rows = zip(self._names, self._scales(draw=False), self.means, self.spreads, strict=True)
+        for name, scale, mean, spread in rows:
+            parameters[name].copy_(scale * mean * self.get_buffer(self._mask(name)))
+            prior[name] = scale.square().reciprocal().expand(mean.shape).contiguous()
+            diag[name] = prior[name] * (F.softplus(spread).square().reciprocal() - 1)
+        loss = -bound - self.divergence().item()
+        curvature = Curvature(diag, loss, self.n_data, "variational", "mean-field")
+        return Posterior(curvature, prior, 1.0, bound)
+
+
+class _Flipout(TorchFunctionMode):
+    """Products of a batch with drawn weights see deviations of their own signs for every sample.
+
+    Operations whose input does not have the samples in its first dimension use the weights as drawn
+    for the whole batch, as do all other operations.
+
+    Args:
+        drawn: Means and deviations, by the id of the weight that is their sum.
+        batch: The number of samples.
+    """
+
+    def __init__(self, drawn: Mapping[int, tuple[Tensor, Tensor]], batch: int):
+        super().__init__()
+        self._drawn, self._batch = drawn, batch
+        self._signs: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS:
+            return func(*args, **kwargs)
+        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        data, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        fits = data.dim() == weight.dim() or (func is F.linear and data.dim() > 1)
+        if id(weight) not in self._drawn or len(data) != self._batch or not fits:
+            return func(*args, **kwargs)
+        mean, deviation = self._drawn[id(weight)]
+        centre, shift = self._drawn.get(id(bias), (bias, None))
+        rest = args[3:]
+        axis = _PRODUCTS[func] % data.dim()
+        output = func(data, mean, centre, *rest, **given)
+        if id(weight) not in self._signs:  # a weight that is met again is the same
+            self._signs[id(weight)] = (_signs(data, axis), _signs(output, axis))
+        before, after = self._signs[id(weight)]
+        shape = [-1 if d in (0, axis) else 1 for d in range(data.dim())]
+        shape[0] = self._batch
+        flipped = func(data * before.view(shape), deviation, shift, *rest, **given)
+        return output + after.view(shape) * flipped
+
+
+def _signs(tensor: Tensor, axis: int) -> Tensor:
+    """Return random signs for each sample and channel."""
+    signs = torch.empty(len(tensor), tensor.shape[axis], dtype=tensor.dtype, device=tensor.device)
+    return signs.bernoulli_(0.5).mul_(2).sub_(1)

@@ -1,0 +1,47 @@
+"""Scores from a quadratic model of the loss: curvature times squared weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from spamprune.bayes.curvature import exact
+from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
+from spamprune.bayes.parameters import named_parameters
+from spamprune.bayes.posterior import Posterior
+from spamprune.scores.registry import Batches, Scores, criterion
+
+
+@criterion("opd")
+@torch.no_grad()
+def opd(model: nn.Module, posterior: Posterior) -> Scores:
+    """Optimal posterior damage ``P_pp θ_p²`` (SpaM paper, eq. 3)."""
+    posterior.check(model)
+    precision = posterior.precision()
+    return {name: precision[name] * p.square() for name, p in named_parameters(model).items()}
+
+
+@criterion("obd")
+@torch.no_grad()
+def obd(model: nn.Module, posterior: Posterior) -> Scores:
+    """Optimal brain damage ``½ H_pp θ_p²`` (LeCun et al. 1990), H from the posterior.
+
+    It is 0 for parameters that the posterior's curvature excludes.
+    """
+    posterior.check(model)
+    diag = posterior.curvature.diag
+    return {
+        name: 0.5 * diag[name] * p.square() if name in diag else torch.zeros_like(p)
+        for name, p in named_parameters(model).items()
+    }
+
+
+@criterion("fisher")
+@torch.no_grad()
+def fisher(model: nn.Module, data: Batches, *, likelihood: Likelihood = CLASSIFICATION) -> Scores:
+    """Fisher pruning ``½ θ_p² · mean_n g_np²``, g_n a sample's gradient (Theis et al. 2018).
+
+    It is OBD with the exact empirical Fisher, whatever curvature a posterior has.
+    """
+    mean = exact(model, data, n_data=1, likelihood=likelihood).diag  # a sum over one sample
+    return {name: 0.5 * mean[name] * p.square() for name, p in named_parameters(model).items()}
