@@ -39,6 +39,7 @@ from spamprune import data
 from spamprune.data.base import seeded
 from spamprune.data.tensors import TensorSplit
 from spamprune.engine.fit import Job, fit
+from spamprune.errors import PruningError
 from spamprune.pruning import cost
 from spamprune.pruning.compaction import Ranking
 from spamprune.recipe.schema import Optimiser
@@ -143,15 +144,24 @@ def finetune(small: nn.Module, trained: Trained) -> None:
     fit(small, spam, job, Accelerator(cpu=True))
 
 
-def by_opd(trained: Trained, target: sp.Target) -> nn.Module:
-    """Prune by a plan of our own."""
-    model, example = trained.model, trained.images(1 if target.latency is None else BATCHES[-1])
-    scores = sp.scores.opd(model, trained.posterior)
-    plan = sp.plan(
-        model, example, scores, target, ranking=trained.network.ranking, round_to=ROUND_TO
-    )
-    small = sp.apply(model, plan)
-    sp.verify(model, small, plan, example)
+def by_opd(trained: Trained, budget: float | None) -> nn.Module:
+    """Prune by a plan of our own, for a budget of MACs or, without one, for the latency."""
+    model, scores = trained.model, sp.scores.opd(trained.model, trained.posterior)
+
+    def plan(example: Tensor, target: sp.Target) -> sp.Plan:
+        ranking = trained.network.ranking
+        return sp.plan(model, example, scores, target, ranking=ranking, round_to=ROUND_TO)
+
+    one = trained.images(1)
+    if budget is None:
+        # on a busy machine a search by latency may be led astray: the middle one of several
+        plans = [plan(trained.images(BATCHES[-1]), sp.Target(latency=LATENCY)) for _ in range(5)]
+        sizes = sorted(cost.macs(sp.apply(model, p), one) for p in plans)
+        print("MACs of five plans for the latency, in millions:", [f"{n / 1e6:.2f}" for n in sizes])
+        budget = sizes[2] / cost.macs(model, one)
+    chosen = plan(one, sp.Target(macs=budget))
+    small = sp.apply(model, chosen)
+    sp.verify(model, small, chosen, one)
     return small
 
 
@@ -174,9 +184,12 @@ def by_torch_pruning(
         return small if small and cost.macs(small, trained.images(1)) <= most else None
 
     # not monotone: torch-pruning leaves a layer whole that would lose everything
-    coarse = next(i for i in range(1, 64) if fitting(i / 64))
-    best = next(small for i in range(8) if (small := fitting((coarse - 1 + (i + 1) / 8) / 64)))
-    return best
+    coarse = next((i for i in range(1, 64) if fitting(i / 64)), None)
+    if coarse is None:
+        raise PruningError(
+            f"{type(importance).__name__}: no ratio reaches {budget:.2f} of the MACs"
+        )
+    return next(small for i in range(8) if (small := fitting((coarse - 1 + (i + 1) / 8) / 64)))
 
 
 def _step(
@@ -259,6 +272,8 @@ IN_TORCH_PRUNING: dict[str, tuple[Callable[[sp.Posterior], tp.importance.Importa
     "fpgm": (lambda _: tp.importance.FPGMImportance(), ""),
 }
 
+METHODS = ("dense", "longer", "opd", *IN_TORCH_PRUNING)
+
 
 def accuracy(model: nn.Module, split: data.Split) -> float:
     """Return the accuracy in percent."""
@@ -272,8 +287,7 @@ def row(trained: Trained, method: str, budget: float | None, folder: Path) -> di
     if method in ("dense", "longer"):
         small = copy.deepcopy(dense)
     elif method == "opd":
-        target = sp.Target(latency=LATENCY) if budget is None else sp.Target(macs=budget)
-        small = by_opd(trained, target)
+        small = by_opd(trained, budget)
     else:
         assert budget is not None
         create, gradients = IN_TORCH_PRUNING[method]
@@ -300,8 +314,7 @@ def latencies(network: str, folder: Path) -> dict[str, dict[str, float]]:
     """
     load = partial(sp.load, factory=NETWORKS[network].create)
     models = {
-        path.parent.name: load(path.parent).to(memory_format=torch.channels_last)
-        for path in sorted(folder.glob("*/config.json"))
+        method: load(folder / method).to(memory_format=torch.channels_last) for method in METHODS
     }
     found: dict[str, dict[str, float]] = {method: {} for method in models}
     for batch in BATCHES:
@@ -373,7 +386,7 @@ def main() -> None:
     for training, network, seed in cells:
         folder = options.out / f"{network}-{training}-{seed}"
         trained: Trained | None = None
-        for method in ("dense", "longer", "opd", *IN_TORCH_PRUNING):
+        for method in METHODS:
             if find(network, training, seed, method):
                 continue
             trained = trained or train(network, training, seed, folder)
@@ -384,11 +397,10 @@ def main() -> None:
                 out.write(json.dumps(key | found) + "\n")
     timed = []
     for training, network, seed in cells:
-        for method, times in latencies(
-            network, options.out / f"{network}-{training}-{seed}"
-        ).items():
+        times = latencies(network, options.out / f"{network}-{training}-{seed}")
+        for method in METHODS:
             line = find(network, training, seed, method)
-            timed += [line | {"milliseconds": times}] if line else []
+            timed += [line | {"milliseconds": times[method]}] if line else []
     print(f"Load of the machine: {os.getloadavg()[0]:.1f}")
     for network in options.networks:
         print(f"\n### {network}\n\n{table(x for x in timed if x['network'] == network)}")

@@ -133,7 +133,7 @@ class MeanField(nn.Module):
         total = torch.stack([cast(LayerScale, scale).divergence() for scale in self.scales]).sum()
         for mean, spread in zip(self.means, self.spreads, strict=True):
             sigma = F.softplus(spread)
-            squares = torch.linalg.vector_norm(mean) ** 2 + torch.linalg.vector_norm(sigma) ** 2
+            squares = mean.square().sum() + sigma.square().sum()
             total = total + 0.5 * (squares - mean.numel()) - sigma.log().sum()
         return total
 

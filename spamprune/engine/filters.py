@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spamprune import artifact
 from spamprune.bayes.posterior import load_posterior
 from spamprune.engine import checkpoint
-from spamprune.engine.bench import create_model
+from spamprune.engine.bench import create_model, load_data
 from spamprune.pruning import masks
 from spamprune.recipe.schema import Recipe
 from spamprune.report.results import Cell, Compacted, Results
@@ -35,14 +35,15 @@ def filter_banks(recipe: Recipe, out: Path, results: Results) -> dict[str, Tenso
     dense = create_model(recipe, cell.seed)
     dense.load_state_dict(checkpoint.model_state(out / cell.folder / "checkpoint.safetensors"))
     banks = _named("dense", dense)
-    banks |= _named("masked", _masked(out, cell, dense, smallest))
+    banks |= _named("masked", _masked(recipe, out, cell, dense, smallest))
     banks |= _named("compacted", artifact.load(out / smallest.artifact))
     return banks
 
 
-def _masked(out: Path, cell: Cell, dense: nn.Module, like: Compacted) -> nn.Module:
+def _masked(recipe: Recipe, out: Path, cell: Cell, dense: nn.Module, like: Compacted) -> nn.Module:
     posterior = load_posterior(out / cell.folder / "posterior.safetensors")
-    scores = CRITERIA[like.criterion](dense, posterior, seed=cell.seed)
+    data = load_data(recipe).train.loader(recipe.train[cell.training].batch_size, seed=cell.seed)
+    scores = CRITERIA[like.criterion](dense, posterior, data=data, seed=cell.seed)
     copied = copy.deepcopy(dense)
     masks.apply_masks(copied, masks.global_masks(scores, 1 - like.size.params / cell.size.params))
     return copied
