@@ -268,10 +268,11 @@ class _Flipout(TorchFunctionMode):
         shape = [-1 if d in (0, axis) else 1 for d in range(data.dim())]
         shape[0] = self._batch
         flipped = func(data * before.view(shape), deviation, shift, *rest, **given)
-        return output + after.view(shape) * flipped
+        return torch.addcmul(output, after.view(shape), flipped)
 
 
 def _signs(tensor: Tensor, axis: int) -> Tensor:
     """Return random signs for each sample and channel."""
-    signs = torch.empty(len(tensor), tensor.shape[axis], dtype=tensor.dtype, device=tensor.device)
-    return signs.bernoulli_(0.5).mul_(2).sub_(1)
+    size = (len(tensor), tensor.shape[axis])
+    # on a CPU many times as fast as a Bernoulli draw
+    return torch.rand(size, dtype=tensor.dtype, device=tensor.device).round_().mul_(2).sub_(1)

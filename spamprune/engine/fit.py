@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,7 @@ def fit(
     """
     name = {"sgd": "momentum", "adam": "adam"}[job.optimiser.name]  # timm's "sgd" is Nesterov's
     optimizer = create_optimizer_v2(
-        model.parameters(),
+        _parameter_groups(model, job.optimiser),
         opt=name,
         lr=job.optimiser.lr,
         weight_decay=0.0,
@@ -159,6 +160,19 @@ def fit(
                 saved, kept = time.monotonic(), epoch
             on_epoch(record)
     return history
+
+
+def _parameter_groups(model: nn.Module, optimiser: Optimiser) -> list[dict[str, Any]]:
+    """Give single numbers (fixup's biases and multipliers) a tenth of SGD's learning rate.
+
+    So do Zhang et al. 2019 and the SpaM paper: one such number moves a whole layer.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    scalars = [p for p in trainable if p.numel() == 1]
+    if optimiser.name != "sgd" or not scalars:
+        return [{"params": trainable}]
+    tensors = [p for p in trainable if p.numel() > 1]
+    return [{"params": tensors}, {"params": scalars, "lr": optimiser.lr / 10}]
 
 
 def _finite(model: nn.Module) -> bool:

@@ -139,8 +139,11 @@ def _names(runs: Sequence[Run]) -> dict[_Identity, str]:
         for training in run.recipe.train:
             first.setdefault(_identity(run, training), run)
     own = [training for training, _ in first]
+    short = len({run.folder.name for run in runs}) == len(runs)
     return {
-        (training, settings): f"{training} ({run.folder})" if own.count(training) > 1 else training
+        (training, settings): f"{training} ({run.folder.name if short else run.folder})"
+        if own.count(training) > 1
+        else training
         for (training, settings), run in first.items()
     }
 

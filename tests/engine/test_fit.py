@@ -99,3 +99,17 @@ def test_a_resumed_training_repeats_its_dropout(tmp_path, monkeypatch):
     train(second, optimiser, epochs=4, checkpoint=tmp_path / "c.safetensors")
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_single_numbers_learn_ten_times_slower_under_sgd():
+    from spamprune.engine.fit import _parameter_groups
+    from spamprune.models import create
+    from spamprune.recipe.schema import Optimiser
+
+    model = create("fixup_wrn16_4", depth=10, widen=1, num_classes=10)
+    tensors, scalars = _parameter_groups(model, Optimiser(name="sgd", lr=0.1))
+    assert all(p.numel() == 1 for p in scalars["params"])
+    assert scalars["lr"] == pytest.approx(0.01)
+    assert len(tensors["params"]) + len(scalars["params"]) == len(list(model.parameters()))
+    (everything,) = _parameter_groups(model, Optimiser(name="adam", lr=0.1))
+    assert len(everything["params"]) == len(list(model.parameters()))

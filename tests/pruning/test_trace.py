@@ -689,3 +689,14 @@ def test_what_cannot_be_followed_is_left_whole_with_the_reason_and_the_rest_goes
     found, _ = pruned(model, inputs(TOKENS))
     assert found.widths() == {"h": 5, "b": 4}
     assert any(note.startswith("a: ") and why in note for note in found.notes)
+
+
+def test_what_a_forward_pass_does_not_use_stays_as_it_is():
+    model = Net(lambda m, x: m.h(m.a(x).relu()), a=nn.Linear(16, 8), h=nn.Linear(8, 3)).double()
+    model.norm, model.mask_token = nn.LayerNorm(8), nn.Parameter(torch.zeros(1, 1, 8))
+    model.unused = nn.Linear(8, 4)
+    found, small = pruned(model, inputs(TOKENS))
+    assert found.widths() == {"a": 4}
+    assert small.norm.weight.shape == small.norm.bias.shape == (8,)
+    assert small.mask_token.shape == (1, 1, 8)
+    assert any("unused: 4 channels left whole" in note for note in found.notes)

@@ -63,6 +63,13 @@ def test_the_same_name_with_other_settings_is_another_method(
     assert seeds(merged.results)["map (b)"] == [0, 1]
 
 
+def test_folders_of_one_name_are_told_apart_by_their_paths(make_run: MakeRun) -> None:
+    merged = merge([make_run("x/run"), make_run("y/run", changes={"data.augment": "flip"})])
+    assert {"map (x/run)", "map (y/run)"} <= set(merged.methods)
+    merged = merge(["x/run", make_run("z", changes={"data.augment": "flip"})])
+    assert {"map (run)", "map (z)"} <= set(merged.methods)
+
+
 def test_experiments_are_matched_by_settings_and_not_by_place(make_run: MakeRun) -> None:
     a, b = make_run("a"), make_run("b", first_seed=2, reverse=True)
     merged = merge([a, b])

@@ -140,6 +140,10 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     for tensor in tensors:
         for axis in recorder.axes(tensor):
             fix(axis, "the model's output")
+    for tensor in recorder.named.values():
+        if id(tensor) not in recorder.readers:  # nothing tells what it goes with, as a mask token
+            for axis in recorder.axes(tensor):
+                fix(axis, "the forward pass does not use it")
     result = Trace(
         {name: recorder.axes(tensor) for name, tensor in recorder.named.items()},
         shapes_of(output),
