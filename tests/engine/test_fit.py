@@ -9,7 +9,8 @@ from torch import nn
 from spamprune.bayes.spam import SpaM
 from spamprune.data import load
 from spamprune.data.base import mixed_seed
-from spamprune.engine.fit import Job, fit
+from spamprune.engine.fit import Job, _parameter_groups, fit
+from spamprune.models import create
 from spamprune.pruning.masks import global_masks
 from spamprune.recipe.schema import Optimiser
 
@@ -102,10 +103,6 @@ def test_a_resumed_training_repeats_its_dropout(tmp_path, monkeypatch):
 
 
 def test_single_numbers_learn_ten_times_slower_under_sgd():
-    from spamprune.engine.fit import _parameter_groups
-    from spamprune.models import create
-    from spamprune.recipe.schema import Optimiser
-
     model = create("fixup_wrn16_4", depth=10, widen=1, num_classes=10)
     tensors, scalars = _parameter_groups(model, Optimiser(name="sgd", lr=0.1))
     assert all(p.numel() == 1 for p in scalars["params"])
