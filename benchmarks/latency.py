@@ -1,13 +1,13 @@
 """Latency of a pruned ResNet and a pruned ViT on Fashion-MNIST: OPD beside torch-pruning's scores.
 
-Each network is trained by SpaM and by MAP. OPD on the SpaM network is planned for a latency of
-``LATENCY`` of the dense one's at batch ``BATCHES[-1]``; the MACs that it reaches are the budget of
-every other method for that network and seed. All are fine-tuned alike. torch-pruning's importances
-work in its own ``BasePruner`` with a global ranking, by the smallest pruning ratio that fits the
-budget. "longer" is the dense network after the same fine-tuning.
+Each network is trained by SpaM and by MAP. A plan with OPD on the SpaM network has the target
+``LATENCY`` at batch ``BATCHES[-1]``; the MACs that it reaches are the budget of every other method
+for that network and seed. All are fine-tuned alike. "longer" is the dense network after the same
+fine-tuning. "opd", "obd" and "squares" (of the weights) are plans of ours; "tp-" are importances in
+torch-pruning's ``BasePruner``, with a global ranking and the smallest ratio that fits the budget.
 
-``python benchmarks/latency.py`` appends each row to a JSON-lines file, so that a stopped study goes
-on, and prints the tables; it takes an hour on one core. Test data is seen by the last step only.
+``python benchmarks/latency.py`` appends each row to a JSON-lines file and saves each network, so
+that a stopped study goes on; then it times all networks of a seed in turns and prints the tables.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ from spamprune.report import measure
 
 IMAGES = 20_000  # of the training set, another draw for each seed
 EPOCHS, FINETUNE_EPOCHS = 6, 2
-TEMPERATURE = 1.0
 LATENCY = 0.42
 BATCHES = (1, 64)
 ROUND_TO = 8
@@ -120,7 +119,6 @@ def train(name: str, training: str, seed: int, folder: Path) -> Trained:
         len(split),
         prior="unitwise",
         curvature=sp.CurvatureMethod(samples=2000),
-        temperature=TEMPERATURE if training == "spam" else 1.0,
         burn_in=0 if training == "spam" else None,
         every=1,
         steps=20,
@@ -144,15 +142,14 @@ def finetune(small: nn.Module, trained: Trained) -> None:
     fit(small, spam, job, Accelerator(cpu=True))
 
 
-def by_opd(trained: Trained, budget: float | None) -> nn.Module:
+def by_plan(trained: Trained, scores: sp.scores.Scores, budget: float | None) -> nn.Module:
     """Prune by a plan of our own, for a budget of MACs or, without one, for the latency."""
-    model, scores = trained.model, sp.scores.opd(trained.model, trained.posterior)
+    model, one = trained.model, trained.images(1)
 
     def plan(example: Tensor, target: sp.Target) -> sp.Plan:
         ranking = trained.network.ranking
         return sp.plan(model, example, scores, target, ranking=ranking, round_to=ROUND_TO)
 
-    one = trained.images(1)
     if budget is None:
         # on a busy machine a search by latency may be led astray: the middle one of several
         plans = [plan(trained.images(BATCHES[-1]), sp.Target(latency=LATENCY)) for _ in range(5)]
@@ -262,17 +259,22 @@ def _gradients(trained: Trained, kind: str) -> dict[str, Tensor]:
     return {}
 
 
+#: Scores in plans of our own.
+PLANNED: dict[str, Callable[[nn.Module, sp.Posterior], sp.scores.Scores]] = {
+    "opd": sp.scores.opd,
+    "obd": sp.scores.obd,
+    "squares": lambda model, _: {n: p.detach().square() for n, p in model.named_parameters()},
+}
 #: Importances in torch-pruning's pruner, and the gradients that they need.
 IN_TORCH_PRUNING: dict[str, tuple[Callable[[sp.Posterior], tp.importance.Importance], str]] = {
-    "opd, global": (lambda posterior: sp.OPDImportance(posterior, normalizer="mean"), ""),
-    "magnitude": (lambda _: tp.importance.GroupMagnitudeImportance(), ""),
-    "taylor": (lambda _: tp.importance.GroupTaylorImportance(), "first"),
-    "hessian": (lambda _: tp.importance.GroupHessianImportance(), "second"),
-    "lamp": (lambda _: tp.importance.LAMPImportance(), ""),
-    "fpgm": (lambda _: tp.importance.FPGMImportance(), ""),
+    "tp-opd": (lambda posterior: sp.OPDImportance(posterior, normalizer="mean"), ""),
+    "tp-magnitude": (lambda _: tp.importance.GroupMagnitudeImportance(), ""),
+    "tp-taylor": (lambda _: tp.importance.GroupTaylorImportance(), "first"),
+    "tp-hessian": (lambda _: tp.importance.GroupHessianImportance(), "second"),
+    "tp-lamp": (lambda _: tp.importance.LAMPImportance(), ""),
+    "tp-fpgm": (lambda _: tp.importance.FPGMImportance(), ""),
 }
-
-METHODS = ("dense", "longer", "opd", *IN_TORCH_PRUNING)
+METHODS = ("dense", "longer", *PLANNED, *IN_TORCH_PRUNING)
 
 
 def accuracy(model: nn.Module, split: data.Split) -> float:
@@ -281,13 +283,12 @@ def accuracy(model: nn.Module, split: data.Split) -> float:
 
 
 def row(trained: Trained, method: str, budget: float | None, folder: Path) -> dict[str, Any]:
-    """Prune, fine-tune, measure and save; without a budget OPD is planned for the latency."""
+    """Prune, fine-tune, measure and save; without a budget a plan is made for the latency."""
     dense, example = trained.model, trained.images(1)
-    started = time.process_time()
     if method in ("dense", "longer"):
         small = copy.deepcopy(dense)
-    elif method == "opd":
-        small = by_opd(trained, budget)
+    elif method in PLANNED:
+        small = by_plan(trained, PLANNED[method](dense, trained.posterior), budget)
     else:
         assert budget is not None
         create, gradients = IN_TORCH_PRUNING[method]
@@ -302,7 +303,6 @@ def row(trained: Trained, method: str, budget: float | None, folder: Path) -> di
         "test": accuracy(small, trained.test),
         "macs": cost.macs(small, example) / cost.macs(dense, example),
         "params": cost.params(small) / cost.params(dense),
-        "seconds": time.process_time() - started,
     }
 
 
@@ -314,7 +314,9 @@ def latencies(network: str, folder: Path) -> dict[str, dict[str, float]]:
     """
     load = partial(sp.load, factory=NETWORKS[network].create)
     models = {
-        method: load(folder / method).to(memory_format=torch.channels_last) for method in METHODS
+        method: load(folder / method).to(memory_format=torch.channels_last)
+        for method in METHODS
+        if (folder / method).exists()
     }
     found: dict[str, dict[str, float]] = {method: {} for method in models}
     for batch in BATCHES:
@@ -368,6 +370,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--trainings", nargs="*", default=["spam", "map"])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--out", type=Path, default=Path("runs/latency"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -386,7 +389,7 @@ def main() -> None:
     for training, network, seed in cells:
         folder = options.out / f"{network}-{training}-{seed}"
         trained: Trained | None = None
-        for method in METHODS:
+        for method in options.methods:
             if find(network, training, seed, method):
                 continue
             trained = trained or train(network, training, seed, folder)
@@ -398,9 +401,9 @@ def main() -> None:
     timed = []
     for training, network, seed in cells:
         times = latencies(network, options.out / f"{network}-{training}-{seed}")
-        for method in METHODS:
+        for method, milliseconds in times.items():
             line = find(network, training, seed, method)
-            timed += [line | {"milliseconds": times[method]}] if line else []
+            timed += [line | {"milliseconds": milliseconds}] if line else []
     print(f"Load of the machine: {os.getloadavg()[0]:.1f}")
     for network in options.networks:
         print(f"\n### {network}\n\n{table(x for x in timed if x['network'] == network)}")

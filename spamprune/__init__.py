@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from spamprune.bayes.curvature import CurvatureMethod, preflight
     from spamprune.bayes.likelihood import Classification, Regression
     from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior
+    from spamprune.bayes.reduction import Reduction
     from spamprune.bayes.spam import SpaM
+    from spamprune.bayes.variational import MeanField
     from spamprune.engine.run import run
     from spamprune.pruning.block import BlockOPD
     from spamprune.pruning.compaction import Plan, apply, verify
@@ -26,9 +28,11 @@ __all__ = [
     "BlockOPD",
     "Classification",
     "CurvatureMethod",
+    "MeanField",
     "OPDImportance",
     "Plan",
     "Posterior",
+    "Reduction",
     "Regression",
     "ScoreImportance",
     "SpaM",
@@ -53,9 +57,11 @@ _HOMES = {
     "BlockOPD": "spamprune.pruning.block",
     "Classification": "spamprune.bayes.likelihood",
     "CurvatureMethod": "spamprune.bayes.curvature",
+    "MeanField": "spamprune.bayes.variational",
     "OPDImportance": "spamprune.pruning.importance",
     "Plan": "spamprune.pruning.compaction",
     "Posterior": "spamprune.bayes.posterior",
+    "Reduction": "spamprune.bayes.reduction",
     "Regression": "spamprune.bayes.likelihood",
     "ScoreImportance": "spamprune.pruning.importance",
     "SpaM": "spamprune.bayes.spam",

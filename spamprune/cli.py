@@ -16,7 +16,7 @@ from spamprune.commands.output import console
 from spamprune.errors import RecipeError, SpampruneError
 from spamprune.recipe import library
 from spamprune.recipe.load import check, describe, load
-from spamprune.recipe.schema import Recipe
+from spamprune.recipe.schema import Recipe, RecipeFile
 
 _FAILED = 2
 _INTERRUPTED = 130
@@ -66,7 +66,10 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a bundled recipe.")
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A YAML file or a bundled recipe's name; @VARIANT picks one."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -144,7 +147,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors and for reading."""
-    typer.echo(json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(RecipeFile.model_json_schema(), indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -172,6 +175,17 @@ def report(
     from spamprune.report.page import write
 
     typer.echo(f"report: {write(folder)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("comparison"),
+) -> None:
+    """Merge finished runs on the same data into tables and figures with standard errors."""
+    from spamprune.report.compare import compare as compare_runs
+
+    typer.echo(f"comparison: {compare_runs(runs, out)}")
 
 
 app.command()(prune.prune)

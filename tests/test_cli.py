@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from spamprune.cli import app
 from spamprune.errors import OutputError
 from spamprune.recipe import library
-from spamprune.recipe.schema import Recipe
+from spamprune.recipe.schema import Recipe, RecipeFile
 from spamprune.report.results import Cell, Compacted, Masked, Quality, Results, Size
 
 RECIPE = """\
@@ -237,7 +237,7 @@ def test_an_unknown_recipe_exits_with_2(recipe: str) -> None:
 def test_the_schema_is_json_schema() -> None:
     status, out, _ = call("schema")
     assert status == 0
-    assert json.loads(out) == Recipe.model_json_schema()
+    assert json.loads(out) == RecipeFile.model_json_schema()
 
 
 def test_recipes_are_listed_with_the_first_line_of_their_description(
@@ -281,3 +281,9 @@ def test_as_a_process(recipe: str) -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, spamprune.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_runs_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
+    status, _, err = call("compare", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert str(tmp_path) in err

@@ -85,11 +85,10 @@ class MeanField(nn.Module):
         # a tensor that several modules share may be met by operations of which only some can flip
         everywhere = [p for _, p in network.named_parameters(remove_duplicate=False)]
         self._shared = {n for n, p in parameters.items() if sum(p is q for q in everywhere) > 1}
-        device = device_of(network)
         self.scales = nn.ModuleList(
             kinds[prior]([parameters[n].detach() for n in names], last=names is self._layers[-1])
             for names in self._layers
-        ).to(device)
+        ).to(next(iter(parameters.values())))
         self.means, self.spreads = nn.ParameterList(), nn.ParameterList()
         with torch.no_grad():
             for name, scale in zip(self._names, self._scales(draw=False), strict=True):

@@ -31,11 +31,13 @@ class _Trained:
     model: nn.Module
     posterior: Posterior
 
-    def scores(self, criterion: str) -> scores.Scores:
+    def scores(self, criterion: str, model: nn.Module | None = None) -> scores.Scores:
+        """Score the trained network, or a masked copy of it."""
         bench = self.bench
         batch_size = bench.recipe.train[bench.training].batch_size
         data = bench.data.train.loader(batch_size, seed=bench.seed)
-        return scores.CRITERIA[criterion](self.model, self.posterior, data=data, seed=bench.seed)
+        scored = self.model if model is None else model
+        return scores.CRITERIA[criterion](scored, self.posterior, data=data, seed=bench.seed)
 
 
 def run_unstructured(bench: Bench, model: nn.Module, posterior: Posterior) -> Iterator[Masked]:
@@ -87,7 +89,7 @@ def _mask(
     name: str,
 ) -> Masked:
     bench = trained.bench
-    chosen = masks.global_masks(values, sparsity)
+    chosen = _choose(trained, experiment, criterion, values, sparsity)
     pruned = copy.deepcopy(trained.model)
     masks.apply_masks(pruned, chosen)
     before, after = bench.quality(pruned, bench.data.test), None
@@ -113,6 +115,28 @@ def _mask(
     )
 
 
+def _choose(
+    trained: _Trained,
+    experiment: Unstructured,
+    criterion: str,
+    values: scores.Scores,
+    sparsity: float,
+) -> masks.Masks:
+    """Return masks of the sparsity, at once or in rounds."""
+
+    def comparable(scored: scores.Scores) -> scores.Scores:
+        return masks.lamp(scored) if experiment.threshold == "lamp" else scored
+
+    if experiment.rounds == 1:
+        return masks.global_masks(comparable(values), sparsity)
+    return masks.iterative_masks(
+        trained.model,
+        lambda model: comparable(trained.scores(criterion, model)),
+        sparsity,
+        rounds=experiment.rounds,
+    )
+
+
 def _compact(
     trained: _Trained,
     experiment: Structured,
@@ -124,14 +148,7 @@ def _compact(
 ) -> Compacted:
     bench, model = trained.bench, trained.model
     example = bench.example()
-    chosen = plan.plan(
-        model,
-        example,
-        values,
-        target,
-        ranking=experiment.ranking,
-        min_units=experiment.min_units,
-    )
+    chosen = plan.plan(model, example, values, target, **experiment.choices())
     small = compaction.apply(model, chosen)
     residual = compaction.verify(model, small, chosen, bench.example(VERIFY_BATCH))
     before = bench.quality(small, bench.data.test)

@@ -77,7 +77,7 @@ def _preflight(recipe: Recipe, data: DataSet) -> None:
     for experiment in recipe.prune:
         if isinstance(experiment, Structured):
             targets = [Target(**target.model_dump()) for target in experiment.targets]
-            check_reachable(model, inputs, targets, min_units=experiment.min_units)
+            check_reachable(model, inputs, targets, **experiment.choices())
 
 
 def _claim(recipe: Recipe, out: Path, resume: bool) -> None:

@@ -188,6 +188,7 @@ def check_reachable(
     *,
     ranking: Ranking = "uniform",
     kinds: Sequence[Kind] = DEFAULT_KINDS,
+    ratios: Mapping[str, float] | None = None,
     min_units: int = 1,
     round_to: int = 1,
     ignored: Iterable[str] = (),
@@ -200,6 +201,7 @@ def check_reachable(
         targets: How small.
         ranking: See :func:`plan`.
         kinds: See :func:`plan`.
+        ratios: See :func:`plan`.
         min_units: See :func:`plan`.
         round_to: See :func:`plan`.
         ignored: See :func:`plan`.
@@ -210,7 +212,7 @@ def check_reachable(
     traced = trace(model, example)
     found, notes = groups(model, traced, kinds=kinds, ignored=ignored)
     anything = {name: p.detach().abs() for name, p in model.named_parameters()}
-    candidates, _ = _candidates(model, traced, found, anything, min_units, round_to, {})
+    candidates, _ = _candidates(model, traced, found, anything, min_units, round_to, ratios or {})
     if not candidates:
         why = "; ".join(notes) or "it has no layers with units"
         raise PruningError(f"nothing of {type(model).__name__} can be pruned: {why}")

@@ -53,6 +53,7 @@ def _distinct(values: list[Any]) -> list[Any]:
 T = TypeVar("T")
 Distinct = Annotated[list[T], Field(min_length=1), AfterValidator(_distinct)]
 Criterion = Annotated[str, _known("criterion")]
+UnitKind = Literal["heads", "head_dims", "groups", "group_dims", "width", "hidden"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -268,13 +269,17 @@ class Target(Section):
     params: OpenFraction | None = Field(
         None, description="Fraction of the parameters that may remain."
     )
+    bytes: OpenFraction | None = Field(
+        None, description="Fraction of the bytes of parameters and buffers that may remain."
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Target:
-        given = [k for k in ("ratio", "macs", "params") if getattr(self, k) is not None]
+        fields = list(type(self).model_fields)
+        given = [k for k in fields if getattr(self, k) is not None]
         if len(given) != 1:
             raise _fault(
-                f"give exactly one of ratio, macs, params, not {' and '.join(given) or 'none'}"
+                f"give exactly one of {', '.join(fields)}, not {' and '.join(given) or 'none'}"
             )
         return self
 
@@ -288,6 +293,16 @@ class Unstructured(Section):
         [0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99],
         description="Fractions of weights set to zero.",
     )
+    threshold: Literal["global", "lamp"] = Field(
+        "global",
+        description="global: scores as they are; lamp: relative to the larger of their tensor.",
+    )
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="How often weights are scored on the way to a sparsity; synflow's paper: 100.",
+    )
     finetune: FineTune | None = Field(None, description="Training after pruning; none by default.")
 
 
@@ -296,9 +311,21 @@ class Structured(Section):
 
     kind: Literal["structured"] = Field(description="Which kind of pruning this is.")
     criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
-    ranking: Literal["uniform", "global"] = Field(
+    ranking: Literal["uniform", "global", "isomorphic"] = Field(
         "uniform",
-        description="uniform: the same ratio in each layer (the paper's); global: units compete.",
+        description="uniform: the same ratio in each layer (the paper's); global: units compete; "
+        "isomorphic: those of like layers do.",
+    )
+    kinds: Distinct[UnitKind] = Field(
+        ["heads", "groups", "width", "hidden"], description="Which kinds of units may go."
+    )
+    ratios: dict[str, Fraction] = Field(
+        default_factory=dict,
+        description="Fractions that go from layers of these names or patterns in any case.",
+    )
+    round_to: int = Field(1, ge=1, description="Channels that remain are a multiple of this.")
+    ignored: list[str] = Field(
+        default_factory=list, description="Layers, or patterns, whose outputs stay."
     )
     targets: Distinct[Target] = Field(description="How small the network becomes.")
     trainings: list[str] | None = Field(
@@ -313,6 +340,11 @@ class Structured(Section):
         description="Also train the pruned architecture from fresh weights, with this optimiser "
         "and for as long as the fine-tuning takes: the honest baseline.",
     )
+
+    def choices(self) -> dict[str, Any]:
+        """Return what ``spamprune.plan`` is told besides scores and target."""
+        names = ("ranking", "kinds", "ratios", "min_units", "round_to", "ignored")
+        return {name: getattr(self, name) for name in names}
 
     @model_validator(mode="after")
     def _scratch_needs_finetune(self) -> Structured:

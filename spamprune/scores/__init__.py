@@ -4,7 +4,7 @@ Every criterion serves every kind of pruning: masks threshold its scores, struct
 them over coupled units. A new one is one function under the :func:`criterion` decorator.
 """
 
-from spamprune.scores.curvature import fisher, obd, opd
+from spamprune.scores.curvature import bmr, fisher, obd, opd
 from spamprune.scores.flow import synflow
 from spamprune.scores.gradients import grasp, snip, taylor
 from spamprune.scores.plain import magnitude, random
@@ -15,6 +15,7 @@ __all__ = [
     "Batches",
     "Criterion",
     "Scores",
+    "bmr",
     "criterion",
     "fisher",
     "grasp",

@@ -9,6 +9,7 @@ from spamprune.bayes.curvature import exact
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import Posterior
+from spamprune.bayes.reduction import Reduction
 from spamprune.scores.registry import Batches, Scores, criterion
 
 
@@ -34,6 +35,18 @@ def obd(model: nn.Module, posterior: Posterior) -> Scores:
         name: 0.5 * diag[name] * p.square() if name in diag else torch.zeros_like(p)
         for name, p in named_parameters(model).items()
     }
+
+
+@criterion("bmr")
+def bmr(model: nn.Module, posterior: Posterior) -> Scores:
+    """Bayesian model reduction: minus the gain ``ΔF`` in log evidence if the parameter went.
+
+    Scores are signed: the evidence favours removal where they are negative. A prior that was tuned
+    for each parameter is exchanged for a layer's slab first (see :class:`Reduction`). For a
+    diagonal posterior the sum over a unit is exactly minus the gain of removing the unit.
+    """
+    gains = Reduction(model, posterior).evidence()
+    return {name: -gains[name].to(p.dtype) for name, p in named_parameters(model).items()}
 
 
 @criterion("fisher")

@@ -244,7 +244,7 @@ def test_exact_inference_in_a_linear_model():
     torch.testing.assert_close(gains, without - normal.log_prob(targets[:, 0]))
 
 
-def trained(prior="gaussian", steps=500, size=40):
+def trained(prior="gaussian", steps=500, size=200):
     inputs, targets = batch(size)
     field = MeanField(network().float(), size, prior=prior)
     optimizer = torch.optim.Adam(field.parameters(), lr=0.02)
@@ -262,13 +262,13 @@ def trained(prior="gaussian", steps=500, size=40):
 @pytest.mark.parametrize("prior", PRIORS)
 def test_training_raises_the_bound_and_learns(prior):
     field, (inputs, targets), losses = trained(prior)
-    assert sum(losses[-50:]) < 0.7 * sum(losses[:50])
+    assert sum(losses[-50:]) < 0.5 * sum(losses[:50])
     probabilities = field.predict(inputs, 50)
-    assert (probabilities.argmax(1) == targets).float().mean() > 0.85
+    assert (probabilities.argmax(1) == targets).float().mean() > 0.95
 
 
 def test_reduction_of_a_trained_field_and_masks_that_hold():
-    field, (inputs, targets), _ = trained(steps=1500, size=200)
+    field, (inputs, targets), _ = trained(steps=1500)
     found = field.posterior([(inputs, targets)])
     delta_f = Reduction(field.network, found, "own").evidence()
     # ΔF does not depend on the units of a weight

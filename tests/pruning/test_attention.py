@@ -43,6 +43,10 @@ NETWORKS = {
     "vit, no biases": lambda: VisionTransformer(**SMALL, **PATCHES, qkv_bias=False),
     "beit": lambda: Beit(**SMALL, **PATCHES, use_rel_pos_bias=True),
     "eva, joint": lambda: Eva(**SMALL, **PATCHES, use_rot_pos_emb=True, qkv_fused=True),
+    "dinov3": lambda: Eva(
+        **SMALL, **PATCHES, use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True,
+        dynamic_img_size=True, use_abs_pos_emb=False, num_reg_tokens=2,
+    ),
     "eva, split, gated": lambda: Eva(
         **SMALL, **PATCHES, use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True
     ),
@@ -90,6 +94,7 @@ EXPECTED = {
     "vit, no biases": ("exact", "exact", "exact"),
     "beit": ("bound", "bound", "exact"),
     "eva, joint": ("bound", "bound", "exact"),
+    "dinov3": ("bound", "bound", "exact"),
     "eva, split, gated": ("bound", "exact", "mixed"),
     "swin": ("exact", "exact", "exact"),
     "cait": ("bound", "bound", "exact"),

@@ -229,6 +229,25 @@ def test_a_third_of_a_joint_projection_is_one_head_wide():
     assert repr(inner) == "(2·4)"
 
 
+def test_pieces_that_are_stacked_share_what_is_inside():
+    first, second = Axis(8), Axis(4)
+    stacked = concat([first, second])
+    outer, inner = factor(stacked, [3, 4])
+    assert repr(outer) == "[2|1]"
+    for axis, positions in ((first, [0, 1, 2, 3] * 2), (second, [0, 1, 2, 3])):
+        assert indices(axis, inner).tolist() == positions
+
+
+def test_a_product_that_meets_pieces_is_cut_between_rows():
+    rows, depth = Axis(4), Axis(3)
+    joint = product([rows, depth])
+    first, second = Axis(6), Axis(6)
+    tie(joint, concat([first, second]))
+    assert indices(first, depth).tolist() == indices(second, depth).tolist() == [0, 1, 2] * 2
+    assert set(leaves(rows)) < set(leaves(concat([first, second])))
+    assert count(joint, {depth.root(): 2}) == count(concat([first, second]), {depth.root(): 2}) == 8
+
+
 def test_layouts_that_contradict_each_other_are_fixed_and_say_why():
     a, b = Axis(6), Axis(6)
     factor(a, [2, 3])

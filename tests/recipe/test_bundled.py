@@ -10,6 +10,7 @@ import torch
 
 import spamprune as sp
 from spamprune.data import load as load_data
+from spamprune.engine.cell import run_cell
 from spamprune.recipe import library, load
 from spamprune.recipe.schema import Recipe
 
@@ -131,8 +132,8 @@ def test_the_flagship_trains_prunes_and_reloads_on_files_in_cifars_format(tmp_pa
         "{kind: structured, targets: [{ratio: 0.5}]}]",
         "evaluate.batch_size=4",
     ]
-    recipe = only(load("wrn16_cifar10", [*short, *QUICK]), "diag-parameterwise")
-    (cell,) = sp.run(recipe, tmp_path / "run").cells
+    recipe = load("wrn16_cifar10", [*short, *QUICK])
+    cell = run_cell(recipe, "diag-parameterwise", 0, tmp_path / "run")
     assert cell.size.params == 2_745_306
     assert cell.history[0].log_evidence is not None
     (masked,), (compacted,) = cell.masked, cell.compacted

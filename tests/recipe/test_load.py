@@ -126,7 +126,7 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
         (
             "ratio: 0.5",
             "ratio: 0.5\n        macs: 0.5",
-            "r.yaml:22: prune.1.targets.0: give exactly one of ratio, macs, params, not ratio and ",
+            "r.yaml:22: prune.1.targets.0: give exactly one of ratio, macs, params, bytes",
         ),
         (
             "trainings: [spam]",

@@ -78,7 +78,7 @@ def _product(expression: Expression, bound: Mapping[Attribute, Axis]) -> Axis | 
 def _step(side: Axis) -> tuple[Bundle, int] | None:
     """Return the fewest units that can go from a side, and how many positions these are."""
     free = [part for part in factors(side) if not all(leaf.fixed for leaf in leaves(part))]
-    if not free or any(part.form != "leaf" or part.fixed for p in free for part in pieces(p)):
+    if not free or any(part.form != "leaf" or part.fixed for part in pieces(free[0])):
         return None
     for other in free[1:]:
         fix(other, "only whole heads or groups can go where code takes their number from its input")
