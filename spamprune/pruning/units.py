@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spamprune.errors import PosteriorError, PruningError, nearest
 from spamprune.pruning.axes.axis import Axis, factors, indices, leaves
-from spamprune.pruning.axes.operations import SPACE
+from spamprune.pruning.axes.call import SPACE
 from spamprune.pruning.axes.trace import Trace
 from spamprune.pruning.block import BlockOPD
 from spamprune.pruning.slices import Slice, sum_over_units

@@ -15,7 +15,7 @@ from spamprune.pruning.axes.logits import Logits
 from spamprune.pruning.axes.sizes import Size, expression_of
 
 if TYPE_CHECKING:
-    from spamprune.pruning.axes.trace import _Recorder
+    from spamprune.pruning.axes.trace import Recorder
 
 _Sites = dict[str, Callable[["Code", tuple[Any, ...], dict[str, Any], Any], None]]
 
@@ -23,7 +23,7 @@ _Sites = dict[str, Callable[["Code", tuple[Any, ...], dict[str, Any], Any], None
 class Code(TorchFunctionMode):
     """Sees every torch function as it is called and tells the recorder of sizes and attention."""
 
-    def __init__(self, recorder: _Recorder):
+    def __init__(self, recorder: Recorder):
         super().__init__()
         self.recorder = recorder
         self.span = range(0)  # of the operations that the present call is made of
@@ -186,8 +186,9 @@ def _product(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: 
 def _logits(code: Code, query: Tensor, key: Tensor) -> None:
     recorder = code.recorder
     module = recorder.stack[-1] if recorder.stack else None
-    depth = recorder.axes(query)[-1]
-    recorder.logits.append(Logits(query, key, depth, module, recorder.where, code.span))
+    queries, keys = recorder.shadow(query), recorder.shadow(key)
+    depth = queries.axes[-1]
+    recorder.logits.append(Logits(queries, keys, depth, module, recorder.where, code.span))
 
 
 _SITES: _Sites = {

@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from spamprune.pruning.axes.axis import Axis, fix, indices
-from spamprune.pruning.axes.operations import Call
-
-if TYPE_CHECKING:
-    from spamprune.pruning.axes.trace import _Recorder
+from spamprune.pruning.axes.call import Call, Shadow
 
 
 @dataclass
@@ -35,8 +31,8 @@ class Logits:
         span: The numbers of the calls that the product is made of.
     """
 
-    query: Tensor
-    key: Tensor
+    query: Shadow
+    key: Shadow
     depth: Axis
     module: nn.Module | None
     path: str
@@ -71,13 +67,13 @@ _Range = tuple[Axis, int, int]
 _Rows = dict[tuple[str, int], Tensor]
 
 
-def fold(recorder: _Recorder, logits: Logits) -> Fold:
+def fold(logits: Logits) -> Fold:
     """Find the parameters that a query is linear in; fix its depth where there are none."""
     result = Fold(logits.depth)
     stored = getattr(logits.module, "scale", None)
     if isinstance(stored, float) and math.isclose(stored, logits.depth.size**-0.5, rel_tol=1e-6):
         result.scale = logits.path
-    queries, keys = (_scaled_by(recorder, t, logits) for t in (logits.query, logits.key))
+    queries, keys = (_scaled_by(t, logits) for t in (logits.query, logits.key))
     shared = any((queries[place] & keys[place]).any() for place in queries.keys() & keys.keys())
     found = {} if shared else queries or keys
     result.rows = [(name, dim, rows.nonzero()[:, 0]) for (name, dim), rows in found.items()]
@@ -86,11 +82,11 @@ def fold(recorder: _Recorder, logits: Logits) -> Fold:
     return result
 
 
-def _scaled_by(recorder: _Recorder, tensor: Tensor, logits: Logits) -> _Rows:
+def _scaled_by(tensor: Shadow, logits: Logits) -> _Rows:
     """Return the rows of parameters that scale queries or keys, none where that cannot be."""
     found: _Rows = {}
     try:
-        _search(recorder, tensor, logits, found)
+        _search(tensor, logits, found)
     except _NotLinearError:
         return {}
     return found
@@ -100,14 +96,14 @@ class _NotLinearError(Exception):
     """A query or key that no parameter scales, or not alone."""
 
 
-def _search(recorder: _Recorder, tensor: Tensor, logits: Logits, found: _Rows) -> None:
+def _search(tensor: Shadow, logits: Logits, found: _Rows) -> None:
     """Go back from queries or keys to the last parameters that scale them; note their rows.
 
     Selections on the way, such as the first third of a joint projection, narrow the rows down.
     """
-    waiting: list[tuple[Tensor, tuple[_Range, ...]]] = [(tensor, ())]
+    waiting: list[tuple[Shadow, tuple[_Range, ...]]] = [(tensor, ())]
     seen: set[tuple[int, tuple[_Range, ...]]] = set()
-    alone: list[Tensor] = []  # what nothing but queries, or keys, is made of
+    alone: list[Shadow] = []  # what nothing but queries, or keys, is made of
     while waiting:
         tensor, ranges = waiting.pop()
         if (id(tensor), ranges) in seen:
@@ -115,50 +111,49 @@ def _search(recorder: _Recorder, tensor: Tensor, logits: Logits, found: _Rows) -
         seen.add((id(tensor), ranges))
         if not ranges:
             alone.append(tensor)
-        name = recorder.parameters.get(id(tensor))
-        if name is not None:
-            _note(recorder, name, ranges, logits.depth, found)
+        if tensor.parameter:
+            _note(tensor, ranges, logits.depth, found)
             continue
-        calls = recorder.makers.get(id(tensor), [])
-        if not calls and recorder.is_data(tensor):
+        calls = tensor.makers
+        if not calls and tensor.is_data:
             raise _NotLinearError
         # without calls it is a constant, such as the zeros that stand for the bias of keys
         for call in reversed(calls):
-            operands = _operands(recorder, call, tensor, ranges)
+            operands = _operands(call, tensor, ranges)
             waiting += operands
             if all(t is not tensor for t, _ in operands):  # not one that changes it in place
                 break
     ids = {number for number, _ in seen}
-    if not found or any(_used_elsewhere(recorder, t, ids, logits.span) for t in alone):
+    if not found or any(_used_elsewhere(t, ids, logits.span) for t in alone):
         raise _NotLinearError
 
 
-def _used_elsewhere(recorder: _Recorder, tensor: Tensor, ids: set[int], span: range) -> bool:
+def _used_elsewhere(tensor: Shadow, ids: set[int], span: range) -> bool:
     """Tell whether data is read by a call that is neither the product nor on the way to it."""
-    if not recorder.is_data(tensor):
+    if not tensor.is_data:
         return False
     return any(
         call.number not in span and not any(id(out) in ids for out in call.outputs)
-        for call in recorder.readers.get(id(tensor), [])
+        for call in tensor.readers
     )
 
 
 def _note(
-    recorder: _Recorder,
-    name: str,
+    tensor: Shadow,
     ranges: tuple[_Range, ...],
     depth: Axis,
     found: _Rows,
 ) -> None:
     """Add the rows of a parameter that belong to queries."""
-    for dim, axis in enumerate(recorder.axes(recorder.named[name])):
+    for dim, axis in enumerate(tensor.axes):
         rows = indices(axis, depth) >= 0
         if not rows.any():
             continue
         for part, start, stop in ranges:
             rows &= _within(axis, part, start, stop)
-        old = found.get((name, dim))
-        found[name, dim] = rows if old is None else old | rows
+        place = (tensor.parameter, dim)
+        old = found.get(place)
+        found[place] = rows if old is None else old | rows
         return
     raise _NotLinearError
 
@@ -170,70 +165,68 @@ def _within(axis: Axis, part: Axis, start: int, stop: int) -> Tensor:
 
 
 def _operands(
-    recorder: _Recorder, call: Call, tensor: Tensor, ranges: tuple[_Range, ...]
-) -> list[tuple[Tensor, tuple[_Range, ...]]]:
+    call: Call, tensor: Shadow, ranges: tuple[_Range, ...]
+) -> list[tuple[Shadow, tuple[_Range, ...]]]:
     """Return the operands that take a factor on the result of a call, all of them together."""
     if call.name in _LAYOUT:
-        return [(call["self"], (*ranges, *_selection(recorder, call, tensor)))]
+        return [(call["self"], (*ranges, *_selection(call, tensor)))]
     tensors = call.tensors()
-    data = [t for t in tensors if recorder.is_data(t)]
+    data = [t for t in tensors if t.is_data]
     if call.name in ("add", "add_", "sub", "sub_"):
         return [(t, ranges) for t in tensors] if len(tensors) == 2 else _give_up()
     if call.name in ("mul", "mul_", "div", "div_"):
-        weights = [t for t in tensors if not recorder.is_data(t) and _made_of(recorder, t)]
+        weights = [t for t in tensors if not t.is_data and _made_of(t)]
         if call.name.startswith("mul") and weights:
             return [(weights[0], ranges)]
         return [(t, ranges) for t in data[:1]] if len(data) == 1 else _give_up()
     if call.name == "cat":
-        return [(t, ranges) for t in _survivors(recorder, call, tensor, ranges)]
+        return [(t, ranges) for t in _survivors(call, tensor, ranges)]
     if call.name in ("stack", "copy_"):
         return [(t, ranges) for t in (call["tensors"] or tensors)]
     if call.name in ("mm", "bmm", "addmm", "baddbmm", "convolution", "linear"):
-        weights = [t for t in tensors if not recorder.is_data(t)]
+        weights = [t for t in tensors if not t.is_data]
         return [(t, ranges) for t in weights] if weights else _give_up()
     if call.name in ("native_layer_norm", "native_batch_norm", "rms_norm", "_fused_rms_norm"):
-        weights = [call[n] for n in ("weight", "bias") if isinstance(call[n], Tensor)]
+        weights = [call[n] for n in ("weight", "bias") if isinstance(call[n], Shadow)]
         return [(t, ranges) for t in weights] if weights else _give_up()
     return _give_up()
 
 
-def _give_up() -> list[tuple[Tensor, tuple[_Range, ...]]]:
+def _give_up() -> list[tuple[Shadow, tuple[_Range, ...]]]:
     raise _NotLinearError
 
 
-def _made_of(recorder: _Recorder, tensor: Tensor) -> bool:
+def _made_of(tensor: Shadow) -> bool:
     """Tell whether a tensor is a parameter or computed from one."""
-    if id(tensor) in recorder.parameters:
+    if tensor.parameter:
         return True
-    calls = recorder.makers.get(id(tensor), [])[:1]
-    return any(_made_of(recorder, t) for call in calls for t in call.tensors())
+    calls = tensor.makers[:1]
+    return any(_made_of(t) for call in calls for t in call.tensors())
 
 
-def _selection(recorder: _Recorder, call: Call, tensor: Tensor) -> list[_Range]:
+def _selection(call: Call, tensor: Shadow) -> list[_Range]:
     """Return which part of its operand's axis a selecting call takes."""
     if call.name == "select":
-        axis = recorder.axes(call["self"])[call["dim"]]
+        axis = call.of("self")[call["dim"]]
         start = call["index"] % axis.size
         return [(axis, start, start + 1)]
     if call.name == "slice" and call["step"] == 1:
-        axis = recorder.axes(call["self"])[call["dim"]]
+        axis = call.of("self")[call["dim"]]
         start = call["start"] or 0
         start = max(start + axis.size, 0) if start < 0 else start
         return [(axis, start, start + tensor.shape[call["dim"]])]
     if call.name in ("unbind", "split", "split_with_sizes"):
-        axis = recorder.axes(call["self"])[call["dim"]]
+        axis = call.of("self")[call["dim"]]
         sizes = [1 if call.name == "unbind" else out.shape[call["dim"]] for out in call.outputs]
         place = next(i for i, out in enumerate(call.outputs) if out is tensor)
         return [(axis, sum(sizes[:place]), sum(sizes[: place + 1]))]
     return []
 
 
-def _survivors(
-    recorder: _Recorder, call: Call, tensor: Tensor, ranges: tuple[_Range, ...]
-) -> list[Tensor]:
+def _survivors(call: Call, tensor: Shadow, ranges: tuple[_Range, ...]) -> list[Shadow]:
     """Return the operands of a concatenation of which the ranges leave something."""
     dim = call["dim"] or 0
-    axis = recorder.axes(tensor)[dim]
+    axis = tensor.axes[dim]
     alive = torch.ones(axis.size, dtype=torch.bool)
     for part, start, stop in ranges:
         alive &= _within(axis, part, start, stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 from spamprune.errors import PruningError
 from spamprune.modules import evaluation_mode
-from spamprune.pruning.axes import bundles, operations
-from spamprune.pruning.axes.axis import Axis, count, fix, leaves
+from spamprune.pruning.axes import bundles
+from spamprune.pruning.axes.axis import Axis, count, fix, leaves, tie
+from spamprune.pruning.axes.call import RULES, Axes, Call, Shadow, unknown
 from spamprune.pruning.axes.code import Code
 from spamprune.pruning.axes.logits import Fold, Logits, fold
-from spamprune.pruning.axes.operations import Axes, Call
+from spamprune.pruning.axes.rules.elementwise import pointwise
 from spamprune.pruning.axes.sizes import (
     Attribute,
     Expression,
@@ -118,7 +120,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     Raises:
         PruningError: The network cannot be run on ``example``, or not in :data:`LIMIT` seconds.
     """
-    recorder = _Recorder(model)
+    recorder = Recorder(model)
     with evaluation_mode(model), torch.no_grad(), _plain_kernels(), recorder.modules():
         try:
             with tracked(model), recorder, Code(recorder):
@@ -140,16 +142,16 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     for tensor in tensors:
         for axis in recorder.axes(tensor):
             fix(axis, "the model's output")
-    for tensor in recorder.named.values():
-        if id(tensor) not in recorder.readers:  # nothing tells what it goes with, as a mask token
-            for axis in recorder.axes(tensor):
+    for shadow in recorder.named.values():
+        if not shadow.readers:  # nothing tells what it goes with, such as a mask token
+            for axis in shadow.axes:
                 fix(axis, "the forward pass does not use it")
     result = Trace(
-        {name: recorder.axes(tensor) for name, tensor in recorder.named.items()},
+        {name: shadow.axes for name, shadow in recorder.named.items()},
         shapes_of(output),
         recorder.costs,
         recorder.sizes,
-        [fold(recorder, logits) for logits in recorder.logits],
+        [fold(logits) for logits in recorder.logits],
     )
     _settle(result, recorder.bound)
     return result
@@ -230,36 +232,35 @@ def _plain_kernels() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Follows the axes through every operation; :class:`Code` adds what code says of sizes."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.named: dict[str, Tensor] = {}
-        self.paths = {id(m): name for name, m in model.named_modules()}
-        self.stack: list[nn.Module] = []
+        self.named: dict[str, Shadow] = {}
         self.costs: list[Axes] = []
         self.sizes: list[tuple[Expression, Axis]] = []
         self.logits: list[Logits] = []
-        self.readers: dict[int, list[Call]] = {}
-        self.makers: dict[int, list[Call]] = {}
-        self.calls = 0
-        self.parameters = {id(p): name for name, p in model.named_parameters()}
-        self._axes: dict[int, Axes] = {}
-        self._data: set[int] = set()
-        self._alive: list[Tensor] = []
-        self._places: dict[tuple[Any, ...], Axes] = {}
         self.bound: dict[Attribute, Axis] = {}
+        self.calls = 0
+        self.stack: list[nn.Module] = []
+        self._paths = {id(m): name for name, m in model.named_modules()}
+        self._shadows: dict[int, tuple[weakref.ref[Tensor], Shadow]] = {}
+        self._places: dict[tuple[Any, ...], Shadow] = {}
         self._deadline = time.monotonic() + LIMIT
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self.named[name] = tensor
-            self._put(tensor, [Axis(n) for n in tensor.shape])
-            self._places[_place(tensor)] = self.axes(tensor)
+        parameters = dict(model.named_parameters())
+        for name, tensor in (*parameters.items(), *model.named_buffers()):
+            shadow = Shadow(
+                tensor,
+                [Axis(n) for n in tensor.shape],
+                parameter=name if name in parameters else "",
+            )
+            self.named[name] = self._places[_place(tensor)] = self._put(tensor, shadow)
 
     @property
     def where(self) -> str:
         """The path of the module that runs."""
-        return self.paths.get(id(self.stack[-1]), "") if self.stack else ""
+        return self._paths.get(id(self.stack[-1]), "") if self.stack else ""
 
     @contextmanager
     def modules(self) -> Iterator[None]:
@@ -277,30 +278,34 @@ class _Recorder(TorchDispatchMode):
 
     def data(self, example: Tensor) -> Tensor:
         """Return the model's input, known as such."""
-        self._put(example, [Axis(n, fixed="the model's input") for n in example.shape])
-        self._data.add(id(example))
+        axes = [Axis(n, fixed="the model's input") for n in example.shape]
+        self._put(example, Shadow(example, axes, is_data=True))
         return example
 
-    def _put(self, tensor: Tensor, axes: Axes) -> None:
-        self._axes[id(tensor)] = axes
-        self._alive.append(tensor)  # so that its id stays its own
+    def _put(self, tensor: Tensor, shadow: Shadow) -> Shadow:
+        self._shadows[id(tensor)] = (weakref.ref(tensor), shadow)
+        return shadow
+
+    def _known(self, tensor: Tensor) -> Shadow | None:
+        reference, shadow = self._shadows.get(id(tensor), (None, None))
+        if reference is None or reference() is not tensor:  # an id may be used again
+            return None
+        return shadow
+
+    def shadow(self, tensor: Tensor) -> Shadow:
+        """Return the shadow of a tensor; of one from elsewhere all axes are fixed."""
+        shadow = self._known(tensor) or self._places.get(_place(tensor))
+        if shadow is None:
+            shadow = Shadow(tensor, [Axis(n, fixed=_NOT_A_PARAMETER) for n in tensor.shape])
+        return self._put(tensor, shadow)
 
     def axes(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor, roots all."""
-        axes = self._axes.get(id(tensor))
-        if axes is None:
-            known = self._places.get(_place(tensor))
-            axes = known or [Axis(n, fixed=_NOT_A_PARAMETER) for n in tensor.shape]
-            self._put(tensor, axes)
-        return [axis.root() for axis in axes]
+        return self.shadow(tensor).axes
 
     def knows(self, tensor: Tensor) -> bool:
         """Tell whether a tensor came from an operation that was followed."""
-        return id(tensor) in self._axes
-
-    def is_data(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor depends on the model's input."""
-        return id(tensor) in self._data
+        return self._known(tensor) is not None
 
     def bind(self, size: Expression, axis: Axis) -> None:
         """Note that a size in the code is the number of positions of ``axis``."""
@@ -313,7 +318,7 @@ class _Recorder(TorchDispatchMode):
         if isinstance(size, Attribute):
             known = self.bound.setdefault(size, axis)
             if known.root() is not axis.root():
-                operations.tie(known, axis)
+                tie(known, axis)
                 return
         self.sizes.append((size, axis))
 
@@ -326,35 +331,44 @@ class _Recorder(TorchDispatchMode):
             )
         several = result if isinstance(result, (tuple, list)) else [result]
         outputs = [t for t in several if isinstance(t, Tensor)]
+        if not outputs:
+            return result
         name = func._schema.name.partition("::")[2]
         values = {a.name: a.default_value for a in func._schema.arguments}
         positional = [a.name for a in func._schema.arguments if not a.kwarg_only]
         values.update(zip(positional, args, strict=False))
         values.update(kwargs or {})
-        call = Call(
-            name, values, outputs, self.where, self.axes, self.is_data, self.costs, self.calls
-        )
+        values = {key: self._shadowed(value) for key, value in values.items()}
+        shapes = [tuple(t.shape) for t in outputs]
+        call = Call(name, values, shapes, self.where, self.costs, self.calls)
         self.calls += 1
-        for tensor in call.tensors():
-            self.readers.setdefault(id(tensor), []).append(call)
-        if not outputs:
-            return result
-        rule = operations.RULES.get(name)
+        rule = RULES.get(name)
         if rule is None:
-            pointwise = torch.Tag.pointwise in func.tags
-            rule = operations.pointwise if pointwise else operations.unknown
+            rule = pointwise if torch.Tag.pointwise in func.tags else unknown
         found = rule(call)
-        data = any(map(self.is_data, call.tensors()))
+        read = call.tensors()
+        is_data = any(shadow.is_data for shadow in read)
         for tensor, axes in zip(outputs, found, strict=True):
-            if self.knows(tensor) and name not in _RELAID:  # written in place
-                for old, new in zip(self.axes(tensor), axes, strict=True):
-                    operations.tie(old, new)
+            shadow = self._known(tensor)
+            if shadow is not None and name not in _RELAID:  # written in place
+                for old, new in zip(shadow.axes, axes, strict=True):
+                    tie(old, new)
             else:
-                self._put(tensor, axes)
-            self.makers.setdefault(id(tensor), []).append(call)
-            if data:
-                self._data.add(id(tensor))
+                shadow = self._put(tensor, Shadow(tensor, axes))
+            shadow.is_data |= is_data
+            shadow.makers.append(call)
+            call.outputs.append(shadow)
+        for shadow in read:
+            shadow.readers.append(call)
         return result
+
+    def _shadowed(self, value: Any) -> Any:
+        """Return an argument with its tensors replaced by their shadows."""
+        if isinstance(value, Tensor):
+            return self.shadow(value)
+        if isinstance(value, (list, tuple)):
+            return [self._shadowed(item) for item in value]
+        return value
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
