@@ -177,8 +177,10 @@ def by_torch_pruning(
     most = budget * cost.macs(trained.model, trained.images(1))
 
     def fitting(ratio: float) -> nn.Module | None:
-        small = _step(trained, importance, found, ratio)
-        return small if small and cost.macs(small, trained.images(1)) <= most else None
+        # a global ranking may take every head of a layer: then fewer heads, by the next ratio down
+        fewer = (ratio * i / 16 for i in range(16, 0, -1))
+        small = next(s for heads in fewer if (s := _step(trained, importance, found, ratio, heads)))
+        return small if cost.macs(small, trained.images(1)) <= most else None
 
     # not monotone: torch-pruning leaves a layer whole that would lose everything
     coarse = next((i for i in range(1, 64) if fitting(i / 64)), None)
@@ -194,8 +196,9 @@ def _step(
     importance: tp.importance.Importance,
     gradients: dict[str, Tensor],
     ratio: float,
+    heads: float,
 ) -> nn.Module | None:
-    """Return the network that one step of a BasePruner leaves; None without any head in a layer."""
+    """Return what one step of a BasePruner leaves; None where a layer has no head left."""
     small = copy.deepcopy(trained.model)
     classifier: Any = small.get_submodule("fc" if isinstance(small, ResNet) else "head")
     for name, parameter in small.named_parameters():
@@ -214,7 +217,7 @@ def _step(
         num_heads={attention.qkv: attention.num_heads for attention in attentions},
         prune_num_heads=True,
         prune_head_dims=False,
-        head_pruning_ratio=ratio,
+        head_pruning_ratio=heads,
         # its defaults are shared by all pruners of a process
         in_channel_groups={},
         out_channel_groups={},

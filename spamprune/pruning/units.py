@@ -82,6 +82,8 @@ def groups(
     for axis, slices in pieces.items():
         if axis.size < 2 or not any(s.name in parameters for s in slices):
             continue
+        if len(slices) == 1 and not slices[0].name.endswith(("weight", "bias")):
+            continue  # tokens or queries that are learned: no layer's units
         producer = _producer(slices, parameters)
         layer = producer.name.rpartition(".")[0] or producer.name
         kind = _kind(axis, primary.get(axis))

@@ -60,7 +60,7 @@ class Compacted(Record):
     kind: Literal["structured"] = "structured"
     experiment: int
     criterion: str
-    ranking: Literal["uniform", "global"]
+    ranking: Literal["uniform", "global", "isomorphic"]
     target: dict[str, float]  # such as {"macs": 0.1}
     achieved: dict[str, float]  # the same keys: what was reached
     notes: list[str]  # layers kept whole or at their minimum, with the reason

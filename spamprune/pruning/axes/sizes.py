@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from spamprune.pruning.axes.axis import Axis, count
+from spamprune.pruning.axes.axis import Axis, count, mix
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,24 @@ class Size(int):
         if isinstance(own, Operation) and own.function is operator.sub and own.left == 0:
             return Size(-int(self), own.right)
         return Size(-int(self), Operation(operator.sub, 0, own))
+
+    def __float__(self) -> float:
+        """Return a number to compute with, such as a scale: it changes when positions go."""
+        for axis in axes_of(self.expression):
+            mix(axis, "its size is a number in a computation")
+        return float(int(self))
+
+    def __truediv__(self, other: Any) -> Any:
+        """Divide as a number to compute with."""
+        return float(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        """Divide as a number to compute with."""
+        return other / float(self)
+
+    def __pow__(self, other: Any) -> Any:  # type: ignore[override]
+        """Raise as a number to compute with."""
+        return float(self) ** other if type(other) is not int else int(self) ** other
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         """Copy and pickle as a plain integer."""
@@ -126,6 +144,15 @@ def _wrap(value: Any, path: str, name: str) -> Any:
         ]
         return type(value)(items)
     return value
+
+
+def axes_of(expression: Expression) -> Iterator[Axis]:
+    """Yield the axes whose sizes an expression reads."""
+    if isinstance(expression, Axis):
+        yield expression
+    elif isinstance(expression, Operation):
+        yield from axes_of(expression.left)
+        yield from axes_of(expression.right)
 
 
 def attributes_of(expression: Expression) -> set[Attribute]:

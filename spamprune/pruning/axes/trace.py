@@ -32,8 +32,8 @@ from spamprune.pruning.axes.rules.elementwise import pointwise
 from spamprune.pruning.axes.sizes import (
     Attribute,
     Expression,
-    Operation,
     attributes_of,
+    axes_of,
     evaluate,
     solve,
     tracked,
@@ -204,20 +204,12 @@ def _names(expression: Expression) -> list[str]:
 
 def _fix_all(expression: Expression, result: Trace, why: str) -> None:
     """Fix everything that an expression reads, attributes through the axes bound to them."""
-    for axis in _axes_of(expression):
+    for axis in axes_of(expression):
         fix(axis, why)
     read = attributes_of(expression)
     for other, axis in result.sizes:
         if read & attributes_of(other):
             fix(axis, why)
-
-
-def _axes_of(expression: Expression) -> Iterator[Axis]:
-    if isinstance(expression, Axis):
-        yield expression
-    elif isinstance(expression, Operation):
-        yield from _axes_of(expression.left)
-        yield from _axes_of(expression.right)
 
 
 @contextmanager
