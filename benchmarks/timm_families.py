@@ -1,36 +1,25 @@
-"""Pruning one member of every family of timm, ours beside torch-pruning's own timm example.
+"""Pruning one member of every family of timm, ours or torch-pruning's own timm example.
 
-For each network, in a process of its own: remove half of the units, run forward and backward,
-save, load in a fresh process and compare bit by bit, and compare with the masked original. Weights
-are random, and those that timm initialises to zero or one are disturbed, so that nothing agrees by
-chance.
-
-``python benchmarks/timm_families.py --out families.jsonl`` appends one line per network and prints
-the summary; a stopped run goes on. ``--stock`` runs torch-pruning's example for timm instead (heads
-and channels by the same ratio, the classifier ignored).
+``python benchmarks/timm_families.py --out cards`` runs ``spamprune zoo check`` for each network, in
+a process of its own: remove half of the units, run forward and backward, save, load in a fresh
+process and compare bit by bit, compare with the masked original. A stopped run goes on. ``--stock``
+does what torch-pruning's example does instead (heads and channels by the same ratio, the classifier
+ignored).
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+import torch_pruning as tp
+from torch import nn
 
-import spamprune as sp
-from spamprune.errors import SpampruneError
-from spamprune.models import create
-from spamprune.pruning import cost
-from spamprune.pruning.units import DEFAULT_KINDS
+from spamprune import zoo
 
 # fmt: off
 #: The smallest member of each module of timm 1.0.31 that can be built.
@@ -137,81 +126,9 @@ FAMILIES = [
 # fmt: on
 
 
-def network(name: str) -> tuple[nn.Module, Tensor]:
-    """Return a model with disturbed weights and an input for it."""
-    torch.manual_seed(0)
-    model = create(name, num_classes=1000).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() < 2 or parameter.abs().max() < 1e-3:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    size = model.default_cfg.get("input_size") or (3, 224, 224)
-    return model, torch.randn(1, *size)
-
-
-def ours(name: str, ratio: float, kinds: list[str] | None) -> dict[str, Any]:
-    """Prune ``name`` and measure everything."""
-    model, example = network(name)
-    scores = {n: p.detach().square() for n, p in model.named_parameters()}
-    start = time.perf_counter()
-    target = sp.Target(ratio=ratio)
-    plan = sp.plan(model, example, scores, target, kinds=kinds or DEFAULT_KINDS)
-    seconds = time.perf_counter() - start
-    small = sp.apply(model, plan)
-    result: dict[str, Any] = {
-        "seconds": round(seconds, 1),
-        "params": cost.params(small) / cost.params(model),
-        "notes": [n for n in plan.notes if "at its minimum" not in n],
-        "comparable": plan.comparable,
-    }
-    batch = torch.cat([example, torch.randn_like(example)])
-    double = copy.deepcopy(model).double()  # so that rounding is not mistaken for a difference
-
-    def difference(plan: sp.Plan) -> float:
-        return sp.verify(double, sp.apply(double, plan), plan, batch.double(), float("inf"))
-
-    result["difference"] = difference(plan)
-    # what must agree is compared even where width makes the whole incomparable
-    parts = ("heads", "head_dims", "groups", "group_dims", "hidden")
-    try:
-        inner = sp.plan(model, example, scores, target, kinds=parts)
-        result["inner_comparable"] = inner.comparable
-        result["inner_difference"] = difference(inner)
-    except SpampruneError as error:
-        result["inner"] = str(error)
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.no_grad():
-            torch.save(example, f"{folder}/x")
-            expected = small(example)
-            torch.save(expected, f"{folder}/y")
-        sp.save(small, f"{folder}/artifact")
-        code = (
-            "import sys, torch, spamprune as sp; from torch.utils._pytree import tree_leaves as t;"
-            "f = sys.argv[1]; m = sp.load(f + '/artifact');"
-            "x, y = torch.load(f + '/x'), torch.load(f + '/y', weights_only=False);"
-            "\nwith torch.no_grad(): z = m(x)"
-            "\nassert all(torch.equal(a, b) for a, b in zip(t(y), t(z), strict=True))"
-        )
-        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
-        result["reload"] = "identical" if done.returncode == 0 else done.stderr.strip()[-300:]
-    small.train()
-    try:
-        outputs = small(batch)
-    except Exception as error:  # some networks cannot be trained on two samples even when whole
-        result["train"] = f"{type(error).__name__}: {error}"[:200]
-        small.eval()
-        outputs = small(batch)
-    sum(o.square().sum() for o in tree_leaves(outputs)).backward()
-    result["backward"] = all(p.grad is None or p.grad.shape == p.shape for p in small.parameters())
-    result["classes"] = list(tree_leaves(outputs)[0].shape)
-    return result
-
-
-def stock(name: str, ratio: float) -> dict[str, Any]:
+def stock(name: str, ratio: float) -> dict[str, object]:
     """Do what torch-pruning's example for timm does, with its fixed typing errors."""
-    import torch_pruning as tp
-
-    model, example = network(name)
+    model, example = zoo.disturbed(name)
     dense = sum(p.numel() for p in model.parameters())
     ignored, heads = [], {}
     for module in model.modules():
@@ -242,61 +159,71 @@ def stock(name: str, ratio: float) -> dict[str, Any]:
     return {"params": params, "classes": list(outputs.shape)}
 
 
+def run(command: list[str], limit: int) -> str:
+    """Return what went wrong with a command, or nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"over {limit} s"
+    return "" if done.returncode == 0 else done.stderr.strip()[-200:] or "killed"
+
+
 def main() -> None:
-    """Run what is missing in the file, then print the summary."""
+    """Run what is missing in the folder, then print the summary."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("families.jsonl"))
+    parser.add_argument("--out", type=Path, default=Path("cards"))
     parser.add_argument("--names", nargs="*", default=FAMILIES)
     parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--kinds", nargs="*")
+    parser.add_argument("--kinds", nargs="*", default=[])
     parser.add_argument("--stock", action="store_true")
-    parser.add_argument("--limit", type=int, default=300, help="Seconds for one network.")
+    parser.add_argument("--limit", type=int, default=600, help="Seconds for one network.")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        function = (
-            stock(args.one, args.ratio) if args.stock else ours(args.one, args.ratio, args.kinds)
-        )
-        print("RESULT " + json.dumps(function))
+        text = json.dumps(stock(args.one, args.ratio))
+        (args.out / f"{args.one}.json").write_text(text)
         return
-    done = {}
-    if args.out.exists():
-        done = {r["name"]: r for r in map(json.loads, args.out.read_text().splitlines())}
+    args.out.mkdir(parents=True, exist_ok=True)
+    failures: dict[str, str] = {}
     for name in args.names:
-        if name not in done:
-            done[name] = record = {"name": name, **_apart(name, args)}
-            with args.out.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(json.dumps(record)[:400], flush=True)
-    _summarise([done[n] for n in args.names])
+        path = args.out / f"{name}.{'json' if args.stock else 'yaml'}"
+        if path.exists():
+            continue
+        if args.stock:
+            command = [sys.executable, __file__, "--stock", "--one", name, "--out", str(args.out)]
+        else:
+            command = [sys.executable, "-m", "spamprune", "zoo", "check", name, "--out", str(path)]
+            command += [word for kind in args.kinds for word in ("--kinds", kind)]
+        failure = run([*command, "--ratio", str(args.ratio)], args.limit)
+        if failure:
+            failures[name] = failure
+            print(name, failure.replace("\n", " "), flush=True)
+    summarise_stock(args.out) if args.stock else summarise(args.out)
+    print(f"{len(failures)} without a result: {', '.join(failures)}")
 
 
-def _apart(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", name, "--ratio", str(args.ratio)]
-    command += ["--stock"] if args.stock else []
-    command += ["--kinds", *args.kinds] if args.kinds else []
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
-    except subprocess.TimeoutExpired:
-        return {"error": f"over {args.limit} s"}
-    lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        return {"error": run.stderr.strip()[-400:]}
-    result: dict[str, Any] = json.loads(lines[0][7:])
-    return result
+def summarise(folder: Path) -> None:
+    """Print how many networks were pruned in full, and what is odd about the others."""
+    cards = zoo.cards(folder)
+    full = [card for card in cards if card.outcome == "full"]
+    print(f"{len(cards)} networks, {len(full)} in full")
+    for card in cards:
+        if card.outcome != "full":
+            left = f"{card.parameters.remain:.0%} remain" if card.parameters else card.why
+            print(f"  {card.model}: {card.outcome}, {left}, {card.trains}, {card.reloads}")
+    agreeing = [card for card in cards if card.must_agree]
+    worst = max((card.difference or 0 for card in agreeing), default=0)
+    inner = [card.inner_difference for card in cards if card.inner_difference is not None]
+    print(f"{len(agreeing)} must agree with their masks: worst {worst:.1e}")
+    print(f"{len(inner)} must where inner units alone go: worst {max(inner, default=0):.1e}")
 
 
-def _summarise(records: list[dict[str, Any]]) -> None:
-    ran = [r for r in records if "error" not in r]
-    full = [r for r in ran if r["params"] <= 0.6 and r.get("reload", "identical") == "identical"]
-    print(f"{len(records)} networks, {len(ran)} run after pruning, {len(full)} of them lose 40 %")
-    for r in records:
-        if r not in full:
-            print("  ", r["name"], r.get("error") or f"{r['params']:.2f} remain", r.get("reload"))
-    for key in ("difference", "inner_difference"):
-        comparable = "comparable" if key == "difference" else "inner_comparable"
-        bad = [(r["name"], r[key]) for r in ran if r.get(comparable) and not r[key] <= 1e-4]
-        print(f"{key}: {sum(bool(r.get(comparable)) for r in ran)} comparable, over 1e-4: {bad}")
+def summarise_stock(folder: Path) -> None:
+    """Print how many networks ran, kept their classes and lost 40 % of their parameters."""
+    rows = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    kept = [row for row in rows if row["classes"] == [2, 1000]]
+    lost = [row for row in kept if row["params"] <= 0.6]
+    print(f"{len(rows)} run, {len(kept)} with 1000 classes, {len(lost)} of them lose 40 %")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,10 @@ def disturbed(name: str) -> tuple[nn.Module, Tensor]:
         ModelError: The network is unknown.
     """
     torch.manual_seed(0)
-    model = models.create(name).eval()
+    model = models.create(name)
+    if getattr(model, "num_classes", None) == 0:  # without a head its outputs are its width
+        model = models.create(name, num_classes=1000)
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() < 2 or parameter.abs().max() < 1e-3:
