@@ -71,7 +71,7 @@ def commands():
 
 
 #: Commands that work on networks and data that are not here: only their form is checked.
-ELSEWHERE = {"prune", "push", "export"}
+ELSEWHERE = {"prune", "push", "export", "compare"}
 
 
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
@@ -86,7 +86,7 @@ def test_commands_are_valid(words, monkeypatch):
     if ">" in words:
         words = words[: words.index(">")]
     if words[0] == "run":  # checked without running it
-        options = [w for w in words[1:] if "=" in w or "/" in w or w.isidentifier()]
+        options = [w for w in words[1:] if "=" in w or "/" in w or "@" in w or w.isidentifier()]
         out = words.index("--out") + 1 if "--out" in words else None
         options = [w for w in options if out is None or w != words[out]]
         words = ["validate", *options]
