@@ -39,14 +39,18 @@ def _gather(call: Call) -> list[Axes]:
     fix(table[dim], call.why)
     result = list(table)
     for i, (a, b) in enumerate(zip(axes, table, strict=True)):
-        if i == dim % len(axes):
-            continue
-        if a.size == b.size:
-            tie(a, b)
-        else:
-            fix(a, call.why)
-            fix(b, call.why)
+        if i != dim % len(axes):
+            _tie_or_fix(call, a, b)
     return [result]
+
+
+def _tie_or_fix(call: Call, a: Axis, b: Axis) -> None:
+    """Tie axes of one size; of two sizes only the first positions meet, so both stay."""
+    if a.size == b.size:
+        tie(a, b)
+    else:
+        fix(a, call.why)
+        fix(b, call.why)
 
 
 @rule("scatter", "scatter_add")
@@ -58,11 +62,7 @@ def _scatter(call: Call) -> list[Axes]:
     for name in ("index", "src"):
         if isinstance(call[name], Shadow):
             for a, b in zip(axes, call.of(name), strict=True):
-                if a.size == b.size:
-                    tie(a, b)
-                else:
-                    fix(a, call.why)
-                    fix(b, call.why)
+                _tie_or_fix(call, a, b)
     return [axes]
 
 
