@@ -17,6 +17,7 @@ import copy
 import itertools
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -313,7 +314,8 @@ def row(trained: Trained, method: str, budget: float | None, folder: Path) -> di
 def latencies(network: str, folder: Path) -> dict[str, dict[str, float]]:
     """Return the median milliseconds at each batch size of all networks that were saved.
 
-    They are timed in turns, so that all see the same machine.
+    They are timed in turns, so that all see the same machine, each time in another order: what ran
+    before decides what is in the caches.
     """
     load = partial(sp.load, factory=NETWORKS[network].create)
     models = {
@@ -325,10 +327,10 @@ def latencies(network: str, folder: Path) -> dict[str, dict[str, float]]:
     for batch in BATCHES:
         example = torch.randn(batch, 1, 28, 28).to(memory_format=torch.channels_last)
         seconds: dict[str, list[float]] = {method: [] for method in models}
-        for _ in range(max(30, 300 // batch)):
-            for method, model in models.items():
+        for _ in range(max(60, 300 // batch)):
+            for method in random.sample(list(models), len(models)):
                 start = time.perf_counter()
-                model(example)
+                models[method](example)
                 seconds[method].append(time.perf_counter() - start)
         for method, values in seconds.items():
             found[method][str(batch)] = 1000 * statistics.median(values)

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+
 from spamprune import models
 from spamprune.data import DataSet
 from spamprune.engine import parallel
 from spamprune.engine.bench import create_model, load_data
 from spamprune.engine.cell import run_cell
 from spamprune.engine.filters import filter_banks
+from spamprune.engine.forecast import forecast, in_words
 from spamprune.engine.parallel import Key
 from spamprune.engine.progress import Progress
 from spamprune.errors import OutputError
@@ -21,6 +24,9 @@ from spamprune.recipe import dump, fingerprint, load
 from spamprune.recipe.schema import Recipe, Structured
 from spamprune.report import measure, page
 from spamprune.report.results import Cell, Results, write_results
+
+#: Runs that are expected to take longer than this say so before they start, seconds.
+TOLD_FROM = 120
 
 
 def run(
@@ -50,6 +56,10 @@ def run(
     data = load_data(recipe)
     _preflight(recipe, data)
     _claim(recipe, out, resume)
+    expected = forecast(recipe, data, jobs)
+    if expected >= TOLD_FROM:
+        done = " less what is finished" if resume else ""
+        Console(stderr=True).print(f"{recipe.name}: about {in_words(expected)} here{done}")
     keys = [(training, seed) for training in recipe.train for seed in recipe.seeds]
     cells = _run_all(recipe, out, keys, jobs)
     results = Results(

@@ -1,0 +1,56 @@
+import pytest
+
+from spamprune.data import load
+from spamprune.engine import forecast as module
+from spamprune.engine.forecast import forecast, in_words
+from spamprune.recipe import Recipe
+
+
+def recipe(**changes):
+    content = {
+        "name": "r",
+        "data": {"name": "cancer"},
+        "model": {"name": "fc_cancer"},
+        "seeds": [0, 1],
+        "train": {"t": {"method": "map", "epochs": 10, "batch_size": 50}},
+    }
+    return Recipe.model_validate(content | changes)
+
+
+@pytest.fixture(autouse=True)
+def a_step_takes_a_second(monkeypatch):
+    monkeypatch.setattr(module, "_step_seconds", lambda *_: 1.0)
+
+
+def test_epochs_seeds_and_jobs_count():
+    data = load("cancer")
+    steps = -(-len(data.train) // 50)
+    assert forecast(recipe(), data) == 2 * 10 * steps
+    assert forecast(recipe(), data, jobs=2) == 10 * steps
+    assert forecast(recipe(), data, jobs=8) == 10 * steps  # there are only two cells
+
+
+def test_evidence_updates_and_fine_tuning_count():
+    data = load("cancer")
+    steps = -(-len(data.train) // 50)
+    spam = {"method": "spam", "epochs": 10, "batch_size": 50, "evidence": {"every": 5}}
+    tune = {"epochs": 3, "batch_size": 50}
+    pruned = [
+        {"kind": "structured", "targets": [{"ratio": 0.5}, {"macs": 0.5}], "finetune": tune},
+        {"kind": "unstructured", "sparsities": [0.5], "criteria": ["opd", "obd"]},
+    ]
+    found = forecast(recipe(train={"t": spam}, prune=pruned, seeds=[0]), data)
+    assert found == pytest.approx((10 + 2 + 2 * 3) * steps)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(5, "less than a minute"), (300, "5 min"), (4800, "1 h 20 min"), (400_000, "5 days")],
+)
+def test_durations_in_words(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_steps_are_timed(monkeypatch):
+    monkeypatch.undo()
+    assert 0 < forecast(recipe(), load("cancer")) < 600
