@@ -21,7 +21,6 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from spamprune.bayes.curvature import Curvature
@@ -31,7 +30,7 @@ from spamprune.bayes.posterior import Posterior
 from spamprune.bayes.reduction import layers
 from spamprune.bayes.scales import Horseshoe, LayerScale, softplus_inverse
 from spamprune.errors import PosteriorError
-from spamprune.modules import device_of, evaluation_mode
+from spamprune.modules import call_with, device_of, evaluation_mode
 
 #: σ at the start, as in the paper's code.
 _START = 0.1
@@ -125,7 +124,7 @@ class MeanField(nn.Module):
             id(weights[name]): part for name, part in parts.items() if name not in self._shared
         }
         with _Flipout(drawn, len(inputs)):
-            return functional_call(self.network, weights, (inputs,))
+            return call_with(self.network, weights, inputs)
 
     def divergence(self) -> Tensor:
         """Return KL(q‖p) of weights and scales in nats, ≥ 0."""
@@ -173,7 +172,7 @@ class MeanField(nn.Module):
             total = torch.zeros((), device=inputs.device)
             for _ in range(samples):
                 weights, _ = self._draw()
-                total = total + functional_call(self.network, weights, (inputs,)).softmax(1)
+                total = total + call_with(self.network, weights, inputs).softmax(1)
         return total / samples
 
     @torch.no_grad()

@@ -21,19 +21,22 @@ def macs(model: nn.Module, example: Tensor) -> int:
     activations and pooling. A mask saves nothing here: multiplying by zero is counted.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
+    trainable = [p for p in model.parameters() if p.requires_grad]
     # fused attention hides its matrix products from the counter
     torch.backends.mha.set_fastpath_enabled(False)
+    for parameter in trainable:  # the counter's hooks fail on some that modules hand on
+        parameter.requires_grad_(False)
     try:
         with (
             evaluation_mode(model),
             FlopCounterMode(display=False) as counter,
             sdpa_kernel(SDPBackend.MATH),
         ):
-            # the counter's hooks fail on parameters that are passed between modules
-            frozen = {name: p.detach() for name, p in model.named_parameters()}
-            torch.func.functional_call(model, frozen, (example,))
+            model(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2
 
 

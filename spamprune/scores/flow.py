@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PruningError
-from spamprune.modules import device_of, evaluation_mode
+from spamprune.modules import call_with, device_of, evaluation_mode
 from spamprune.scores.registry import Batches, Scores, criterion
 
 
@@ -33,7 +32,7 @@ def synflow(model: nn.Module, data: Batches) -> Scores:
     sizes = {n: p.detach().double().abs() for n, p in model.named_parameters()}
     scored = {n: sizes[n].requires_grad_() for n in named_parameters(model)}
     with evaluation_mode(model), torch.enable_grad():
-        outputs = functional_call(model, sizes | _buffers(model), (ones,))
+        outputs = call_with(model, sizes | _buffers(model), ones)
         if not isinstance(outputs, Tensor):
             raise PruningError(
                 f"the model returns a {type(outputs).__name__}, and synflow needs one tensor: wrap "
