@@ -106,7 +106,8 @@ class Search:
             self.model, self.traced, self.candidates, counts, self.ranking, self.target, 0
         )
         small = apply(self.model, wanted.plan(None))
-        return cost.latency(small, self.example) / self._dense_latency()
+        # both are timed each time, since machines slow down and recover
+        return cost.latency(small, self.example) / cost.latency(self.model, self.example)
 
     def _size(self, key: str, kept: Mapping[Axis, int]) -> int:
         tensors = dict(self.model.named_parameters())
@@ -116,11 +117,6 @@ class Search:
             self.traced.numel(name, kept) * (t.element_size() if key == "bytes" else 1)
             for name, t in tensors.items()
         )
-
-    def _dense_latency(self) -> float:
-        if not hasattr(self, "_latency"):
-            self._latency = cost.latency(self.model, self.example)
-        return self._latency
 
 
 def _order(candidates: Sequence[Candidate], ranking: Ranking) -> list[tuple[float, int]]:

@@ -243,5 +243,7 @@ def test_declared_sizes_allocate_nothing(tmp_path: Path) -> None:
 
 
 def test_pickles_beside_an_artifact_are_left_alone(small: Path) -> None:
-    (small / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    pickle = b"cos\nsystem\n(S'false'\ntR."
+    (small / "pytorch_model.bin").write_bytes(pickle)
     load(small)
+    assert (small / "pytorch_model.bin").read_bytes() == pickle

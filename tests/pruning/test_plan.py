@@ -258,7 +258,7 @@ def test_a_latency_budget_is_measured_on_pruned_networks(network, monkeypatch):
     same = plan(network, image(), magnitudes(network), Target(macs=0.6), ranking="global")
     assert found.groups == same.groups
     assert found.achieved["latency"] == pytest.approx(same.achieved["macs"])
-    assert sum(model is network for model in timed) == 1
+    assert timed.count(network) == len(timed) / 2  # each time beside the dense network
 
 
 @settings(max_examples=15, deadline=None)
