@@ -254,7 +254,7 @@ def _checked(tensors: Mapping[str, Tensor], change: Cut | Scaling) -> Tensor:
         if len(set(change.gone)) == found:
             raise PruningError(f"the plan leaves nothing of {place}")
     positions = change.gone if isinstance(change, Cut) else change.rows
-    if found is None or any(not 0 <= i < found for i in positions):
+    if found is None or (positions and not 0 <= min(positions) <= max(positions) < found):
         raise PruningError(f"the plan names positions that {place} lacks")
     return tensor
 

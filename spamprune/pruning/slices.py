@@ -63,10 +63,12 @@ def sum_over_units(
 def _sums(score: Tensor, piece: Slice, dtype: torch.dtype) -> Tensor:
     """Return, for each position of ``piece``, the sum of the scores found there."""
     if piece.groups == 1:
-        if score.dim() > 2 and piece.dim < 2:  # kernels first, which is fast in single precision
-            score = score.flatten(2).sum(2)
+        # torch sums pairwise, so that single precision is enough here, and several times as fast
+        own = torch.promote_types(score.dtype, torch.float32)
+        if score.dim() > 2 and piece.dim < 2:
+            score = score.flatten(2).sum(2, dtype=own)
         others = [d for d in range(score.dim()) if d != piece.dim]
-        totals = score.sum(others, dtype=dtype) if others else score.to(dtype)
+        totals = (score.sum(others, dtype=own) if others else score).to(dtype)
     else:
         totals = einops.reduce(score.to(dtype), "(g o) i ... -> (g i)", "sum", g=piece.groups)
     return totals[piece.index.to(score.device)]
