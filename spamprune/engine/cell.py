@@ -37,23 +37,28 @@ def run_cell(
         out: The run's folder.
         on_epoch: Called with the stage's name after each epoch of any training in it.
     """
-    bench = Bench(recipe, training, seed, out, load_data(recipe), _accelerator(), on_epoch)
+    bench = Bench(recipe, training, seed, out, load_data(recipe), accelerator(), on_epoch)
     bench.folder.mkdir(parents=True, exist_ok=True)
     with _arithmetic(recipe.threads):
         return bench.once("cell", Cell, lambda: _run(bench))
 
 
-def _accelerator() -> Accelerator:
+def accelerator() -> Accelerator:
+    """Return the device and precision of this process.
+
+    Raises:
+        TrainingError: It was launched in a way that training does not support.
+    """
     # Apple's MPS lacks the double precision that evidence and metrics are summed in
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.mixed_precision == "fp16":
+    found = Accelerator(cpu=not torch.cuda.is_available())
+    if found.mixed_precision == "fp16":
         raise TrainingError("fp16 would need scaled losses: launch with bf16, or none")
-    if accelerator.num_processes > 1:
+    if found.num_processes > 1:
         raise TrainingError(
-            f"launched as {accelerator.num_processes} processes, which would all do the same work: "
+            f"launched as {found.num_processes} processes, which would all do the same work: "
             "run one, with --jobs for several cells at once"
         )
-    return accelerator
+    return found
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from torch import nn
 
 from spamprune.data import DataSet
 from spamprune.engine.bench import create_model
-from spamprune.recipe.schema import Recipe, Structured, Train
+from spamprune.engine.cell import accelerator
+from spamprune.recipe.schema import Recipe, Structured
 
 _TIMED = 3
 
@@ -26,26 +27,28 @@ def forecast(recipe: Recipe, data: DataSet, jobs: int = 1) -> float:
         data: Its data.
         jobs: Processes that work side by side.
     """
-    model = create_model(recipe, recipe.seeds[0])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).train()
+    device = accelerator().device
+    model = create_model(recipe, recipe.seeds[0]).to(device).train()
     before = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
-        total = sum(_training(model, recipe, name, data, device) for name in recipe.train)
+        step = {
+            size: _step_seconds(model, size, data, device)
+            for size in {training.batch_size for training in recipe.train.values()}
+        }
     finally:
         torch.set_num_threads(before)
+    total = sum(
+        _training(recipe, name, len(data.train), step[training.batch_size])
+        for name, training in recipe.train.items()
+    )
     cells = len(recipe.train) * len(recipe.seeds)
     return total * len(recipe.seeds) / min(jobs, cells)
 
 
-def _training(
-    model: nn.Module, recipe: Recipe, name: str, data: DataSet, device: torch.device
-) -> float:
+def _training(recipe: Recipe, name: str, samples: int, step: float) -> float:
     """Return the seconds that one seed of a training takes, with what is pruned of it."""
     config = recipe.train[name]
-    step = _step_seconds(model, config, data, device)
-    samples = len(data.train)
     seconds = config.epochs * step * math.ceil(samples / config.batch_size)
     if config.method == "spam":
         seen = min(config.curvature.samples or samples, samples)
@@ -66,9 +69,9 @@ def _training(
     return seconds
 
 
-def _step_seconds(model: nn.Module, config: Train, data: DataSet, device: torch.device) -> float:
+def _step_seconds(model: nn.Module, size: int, data: DataSet, device: torch.device) -> float:
     """Return the seconds of one forward and backward pass on a batch."""
-    inputs, targets = next(iter(data.train.loader(config.batch_size, seed=0)))
+    inputs, targets = next(iter(data.train.loader(size, seed=0)))
     inputs, targets = inputs.to(device), targets.to(device)
     started = 0.0
     for i in range(1 + _TIMED):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from spamprune.bayes.posterior import fit_posterior
 from spamprune.bayes.spam import SpaM
 from spamprune.data import DataSet, Split
 from spamprune.data.base import Augment
+from spamprune.engine.cell import accelerator
 from spamprune.engine.fit import Job, fit
 from spamprune.engine.network import Network, fit_data
 from spamprune.engine.stages import Stages
@@ -121,11 +121,10 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
     data = fit_data(network, data)
     data.train.loader(1, seed=0, augment=request.augment)
     _claim(out)
-    # Apple's MPS lacks the double precision that metrics are summed in
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    model = network.model.to(accelerator.device)
+    here = accelerator()
+    model = network.model.to(here.device)
     some = _Calibration(data.train, request)
-    example = next(iter(some))[0].to(accelerator.device)
+    example = next(iter(some))[0].to(here.device)
     accuracy: dict[str, float] = {}
 
     def test(stage: str, tested: nn.Module) -> None:
@@ -159,7 +158,7 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
         stages.note("there are none")
     if request.epochs:
         with stages.stage(f"fine-tuning for {request.epochs} epochs"):
-            _finetune(small, data, request, accelerator, stages)
+            _finetune(small, data, request, here, stages)
         test("fine-tuned", small)
     with stages.stage("cost of the dense and the pruned network"):
         sizes = {
@@ -196,7 +195,7 @@ def _claim(out: Path) -> None:
 
 
 def _finetune(
-    small: nn.Module, data: DataSet, request: Request, accelerator: Accelerator, stages: Stages
+    small: nn.Module, data: DataSet, request: Request, here: Accelerator, stages: Stages
 ) -> None:
     def note(record: EpochRecord) -> None:
         stages.note(f"epoch {record.epoch}: loss {record.loss:.4f}, {record.seconds:.1f} s")
@@ -210,7 +209,7 @@ def _finetune(
         augment=request.augment,
     )
     prior = SpaM(small, len(data.train), prior="scalar", burn_in=None)  # N(0, 1), never tuned
-    fit(small, prior, job, accelerator, note)
+    fit(small, prior, job, here, note)
 
 
 def _save(
