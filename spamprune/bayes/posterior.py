@@ -65,6 +65,20 @@ class Posterior:
         """Raise a :class:`PosteriorError` unless this posterior fits ``model``'s parameters."""
         check_shapes(model, self.prior_precision, "the posterior")
 
+    def check_factors(self, model: nn.Module, purpose: str) -> None:
+        """Raise a :class:`PosteriorError` unless it fits ``model`` and has Kronecker factors.
+
+        Args:
+            model: The network.
+            purpose: What needs them, for the message.
+        """
+        self.check(model)
+        if not self.curvature.kron:
+            raise PosteriorError(
+                f"{purpose} needs Kronecker factors: fit the posterior with "
+                "CurvatureMethod(structure='kron')"
+            )
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the posterior to one safetensors file, atomically."""
         curvature = self.curvature

@@ -11,14 +11,21 @@ from torch import Tensor, nn
 
 from spamprune.pruning.axes.axis import Axis, count
 from spamprune.pruning.axes.trace import Trace
-from spamprune.pruning.compaction import Cut, GroupPlan, Number, Plan, Scaling
+from spamprune.pruning.compaction import Cut, GroupPlan, Number, Plan, Ranking, Scaling
 from spamprune.pruning.units import Group
 
 Attributes = dict[str, dict[str, Any]]
 
 
 def assemble(
-    model: nn.Module, traced: Trace, groups: Sequence[Group], pruned: Mapping[str, tuple[int, ...]]
+    model: nn.Module,
+    traced: Trace,
+    groups: Sequence[Group],
+    pruned: Mapping[str, tuple[int, ...]],
+    *,
+    ranking: Ranking,
+    target: dict[str, float],
+    achieved: dict[str, float],
 ) -> Plan:
     """Return the plan that removes the units ``pruned`` of each layer.
 
@@ -27,15 +34,18 @@ def assemble(
         traced: Its trace.
         groups: All groups that the plan is to list.
         pruned: For each of their layers, the units that go.
+        ranking: How they were compared.
+        target: What was asked for.
+        achieved: What the plan reaches.
     """
     kept = {g.axis.root(): g.units - len(pruned[g.layer]) for g in groups if pruned[g.layer]}
     attributes = _attributes(model, traced, kept)
     scalings = _scalings(traced, kept, attributes)
     return Plan(
         groups=tuple(GroupPlan(g.layer, g.kind, g.units, pruned[g.layer]) for g in groups),
-        ranking="uniform",
-        target={},
-        achieved={},
+        ranking=ranking,
+        target=target,
+        achieved=achieved,
         notes=(),
         comparable=not any(pruned[g.layer] and g.joint for g in groups),
         cuts=_cuts(model, groups, pruned),

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from spamprune.bayes.curvature.blocks import Kronecker
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import Posterior
-from spamprune.errors import PosteriorError
 from spamprune.pruning.slices import Slice, sum_over_units
 
 
@@ -36,12 +35,7 @@ class BlockOPD:
     """
 
     def __init__(self, model: nn.Module, posterior: Posterior):
-        posterior.check(model)
-        if not posterior.curvature.kron:
-            raise PosteriorError(
-                "block OPD needs Kronecker factors: fit the posterior with "
-                "CurvatureMethod(structure='kron')"
-            )
+        posterior.check_factors(model, "block OPD")
         self._parameters = named_parameters(model)
         self._factors = posterior.curvature.kron
         self._temperature = posterior.temperature

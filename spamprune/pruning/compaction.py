@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any, Literal
@@ -107,8 +106,9 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """Return what was chosen and reached as plain data, without what goes from each tensor."""
-        whole: dict[str, Any] = json.loads(self.to_json())
-        return {k: v for k, v in whole.items() if k not in ("cuts", "attributes", "scalings")}
+        derived = {"cuts", "attributes", "scalings"}
+        summary: dict[str, Any] = _ADAPTER.dump_python(self, mode="json", exclude=derived)
+        return summary
 
     def to_json(self) -> str:
         """Return the plan as JSON; :meth:`from_json` reads it."""

@@ -39,12 +39,7 @@ def compensate(model: nn.Module, plan: Plan, posterior: Posterior) -> nn.Module:
         PosteriorError: The posterior belongs to another model, has no Kronecker factors, or a
             system cannot be solved.
     """
-    posterior.check(model)
-    if not posterior.curvature.kron:
-        raise PosteriorError(
-            "compensation needs Kronecker factors: fit the posterior with "
-            "CurvatureMethod(structure='kron')"
-        )
+    posterior.check_factors(model, "compensation")
     result = copy.deepcopy(model)
     weights = dict(result.named_parameters())
     for name, factors in posterior.curvature.kron.items():

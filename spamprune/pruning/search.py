@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -97,11 +98,8 @@ class Search:
     def remaining(self, counts: Counts) -> float:
         """Return the fraction of the cost that remains."""
         key, _ = self.target.named()
-        left = kept(self.candidates, counts)
-        if key == "macs":
-            return self.traced.macs(left) / self.traced.macs({})
-        if key in ("params", "bytes"):
-            return self._size(key, left) / self._size(key, {})
+        if key != "latency":
+            return self._cost(kept(self.candidates, counts)) / self._dense
         wanted = Chosen(
             self.model, self.traced, self.candidates, counts, self.ranking, self.target, 0
         )
@@ -109,14 +107,24 @@ class Search:
         # both are timed each time, since machines slow down and recover
         return cost.latency(small, self.example) / cost.latency(self.model, self.example)
 
-    def _size(self, key: str, kept: Mapping[Axis, int]) -> int:
-        tensors = dict(self.model.named_parameters())
-        if key == "bytes":
-            tensors |= dict(self.model.named_buffers())  # type: ignore[arg-type]
-        return sum(
-            self.traced.numel(name, kept) * (t.element_size() if key == "bytes" else 1)
-            for name, t in tensors.items()
-        )
+    @cached_property
+    def _dense(self) -> int:
+        return self._cost({})
+
+    @cached_property
+    def _weights(self) -> dict[str, int]:
+        """What an entry of each tensor counts: one, or its bytes."""
+        parameters = dict(self.model.named_parameters())
+        if self.target.bytes is None:
+            return dict.fromkeys(parameters, 1)
+        tensors = {**parameters, **dict(self.model.named_buffers())}
+        return {name: t.element_size() for name, t in tensors.items()}
+
+    def _cost(self, left: Mapping[Axis, int]) -> int:
+        """Return what the network costs where axes keep what is ``left``."""
+        if self.target.macs is not None:
+            return self.traced.macs(left)
+        return sum(self.traced.numel(name, left) * n for name, n in self._weights.items())
 
 
 def _order(candidates: Sequence[Candidate], ranking: Ranking) -> list[tuple[float, int]]:
@@ -206,8 +214,11 @@ class Chosen:
                 pruned[m.group.layer] = tuple(sorted(worst.tolist()))
         groups = [m.group for c in self.candidates for m in c.members]
         key, value = self.target.named()
-        return replace(
-            assemble(self.model, self.traced, groups, pruned),
+        return assemble(
+            self.model,
+            self.traced,
+            groups,
+            pruned,
             ranking=self.ranking,
             target={key: value},
             achieved={key: self.achieved},

@@ -536,7 +536,10 @@ def test_importance_is_the_sum_over_all_that_a_mask_zeroes(name):
     for group in found:
         got = importance(parameters, group, scores)
         for unit in range(group.units):
-            alone = assemble(model, traced, found, nothing | {group.layer: (unit,)})
+            chosen = nothing | {group.layer: (unit,)}
+            alone = assemble(
+                model, traced, found, chosen, ranking="uniform", target={}, achieved={}
+            )
             zeroed = dict(masked(model, alone).named_parameters())
             expected = sum(
                 scores[n].double()[(zeroed[n] == 0) & (p != 0)].sum() for n, p in parameters.items()

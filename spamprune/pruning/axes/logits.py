@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spamprune.pruning.axes.axis import Axis, fix, indices
 from spamprune.pruning.axes.call import Call, Shadow
+from spamprune.pruning.axes.rules.layout import position
 
 
 @dataclass
@@ -212,8 +213,7 @@ def _selection(call: Call, tensor: Shadow) -> list[_Range]:
         return [(axis, start, start + 1)]
     if call.name == "slice" and call["step"] == 1:
         axis = call.of("self")[call["dim"]]
-        start = call["start"] or 0
-        start = max(start + axis.size, 0) if start < 0 else start
+        start = position(call["start"], axis.size, 0)
         return [(axis, start, start + tensor.shape[call["dim"]])]
     if call.name in ("unbind", "split", "split_with_sizes"):
         axis = call.of("self")[call["dim"]]

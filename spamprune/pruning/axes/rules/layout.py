@@ -107,8 +107,8 @@ def _take(axis: Axis, sizes: list[int], why: str) -> Axes:
 def _slice(call: Call) -> list[Axes]:
     axes = list(call.of("self"))
     dim, size, step = call["dim"], axes_size(call), call["step"] or 1
-    start = min(_position(call["start"], size, 0), size)
-    stop = max(min(_position(call["end"], size, size), size), start)
+    start = min(position(call["start"], size, 0), size)
+    stop = max(min(position(call["end"], size, size), size), start)
     if step == 1:
         axes[dim] = _take(axes[dim], [start, stop - start, size - stop], call.why)[1]
         return [axes]
@@ -123,7 +123,8 @@ def _slice(call: Call) -> list[Axes]:
     return [axes]
 
 
-def _position(value: int | None, size: int, default: int) -> int:
+def position(value: int | None, size: int, default: int) -> int:
+    """Return where a bound of a slice lies, which may count from the end."""
     if value is None:
         return default
     return max(value + size, 0) if value < 0 else value
