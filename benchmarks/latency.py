@@ -40,6 +40,7 @@ from spamprune import data
 from spamprune.data.base import seeded
 from spamprune.data.tensors import TensorSplit
 from spamprune.engine.fit import Job, fit
+from spamprune.engine.methods import ByPrior
 from spamprune.errors import PruningError
 from spamprune.pruning import cost
 from spamprune.pruning.compaction import Ranking
@@ -129,7 +130,7 @@ def train(name: str, training: str, seed: int, folder: Path) -> Trained:
         split, EPOCHS, 128, network.optimiser, seed, checkpoint=folder / "checkpoint.safetensors"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    fit(model, spam, job, Accelerator(cpu=True))
+    fit(model, ByPrior(spam), job, Accelerator(cpu=True))
     posterior = spam.posterior(split.loader(128))
     assert images.validation is not None
     return Trained(model, posterior, network, split, images.validation, images.test, seed)
@@ -140,7 +141,7 @@ def finetune(small: nn.Module, trained: Trained) -> None:
     small.to(memory_format=torch.channels_last)
     spam = sp.SpaM(small, len(trained.train), prior="scalar", burn_in=None)
     job = Job(trained.train, FINETUNE_EPOCHS, 128, trained.network.finetune, trained.seed)
-    fit(small, spam, job, Accelerator(cpu=True))
+    fit(small, ByPrior(spam), job, Accelerator(cpu=True))
 
 
 def by_plan(trained: Trained, scores: sp.scores.Scores, budget: float | None) -> nn.Module:

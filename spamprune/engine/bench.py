@@ -16,7 +16,7 @@ from spamprune import data, models
 from spamprune.data import DataSet, Split
 from spamprune.errors import OutputError
 from spamprune.files import write_text
-from spamprune.recipe.schema import Recipe
+from spamprune.recipe.schema import Recipe, Train
 from spamprune.report import measure
 from spamprune.report.results import EpochRecord, Quality, Record, Size
 
@@ -61,6 +61,11 @@ class Bench:
     data: DataSet
     accelerator: Accelerator
     on_epoch: OnEpoch
+
+    @property
+    def config(self) -> Train:
+        """How the cell's network is trained."""
+        return self.recipe.train[self.training]
 
     @property
     def relative(self) -> str:

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
-from spamprune.bayes.curvature import CurvatureMethod
-from spamprune.bayes.posterior import Posterior, load_posterior
-from spamprune.bayes.spam import SpaM
 from spamprune.engine import experiments
 from spamprune.engine.bench import Bench, OnEpoch, create_model, load_data
-from spamprune.engine.fit import Job, fit
+from spamprune.engine.training import train
 from spamprune.errors import TrainingError
 from spamprune.recipe.schema import Recipe
-from spamprune.report.results import Cell, EpochRecord
+from spamprune.report.results import Cell
 
 
 def run_cell(
@@ -75,65 +71,20 @@ def _arithmetic(threads: int) -> Iterator[None]:
 
 
 def _run(bench: Bench) -> Cell:
-    model = create_model(bench.recipe, bench.seed).to(bench.accelerator.device)
-    history, posterior = train(bench, model)
+    trained = train(bench, create_model(bench.recipe, bench.seed).to(bench.accelerator.device))
+    model, posterior = trained.model, trained.posterior
     validation = bench.data.validation
     return Cell(
         training=bench.training,
-        method=bench.recipe.train[bench.training].method,
+        method=bench.config.method,
         seed=bench.seed,
         folder=bench.relative,
         dense=bench.quality(model, bench.data.test),
         validation=bench.quality(model, validation) if validation else None,
         size=bench.size(model),
         log_evidence=posterior.log_evidence,
-        train_seconds=sum(record.seconds for record in history),
-        history=history,
+        train_seconds=sum(record.seconds for record in trained.history),
+        history=trained.history,
         masked=list(experiments.run_unstructured(bench, model, posterior)),
         compacted=list(experiments.run_structured(bench, model, posterior)),
     )
-
-
-def train(bench: Bench, model: nn.Module) -> tuple[list[EpochRecord], Posterior]:
-    """Train ``model`` in place as its cell says, and fit its posterior; resumes in both."""
-    config, data = bench.recipe.train[bench.training], bench.data.train
-    evidence, tuned = config.evidence, config.method == "spam"
-    spam = SpaM(
-        model,
-        len(data),
-        prior=config.prior.structure,
-        curvature=CurvatureMethod(**config.curvature.model_dump()),
-        precision=config.prior.precision,
-        temperature=config.temperature,
-        burn_in=evidence.burn_in if tuned else None,
-        every=evidence.every,
-        last=evidence.last,
-        update=evidence.update if tuned else "adam",
-        steps=evidence.steps,
-        lr=evidence.lr,
-        damping=evidence.damping,
-        seed=bench.seed,
-    )
-    lines = bench.folder / "metrics.jsonl"
-    lines.unlink(missing_ok=True)  # a resumed run writes its past epochs again
-
-    def note(record: EpochRecord) -> None:
-        with lines.open("a", encoding="utf-8") as file:
-            file.write(record.model_dump_json() + "\n")
-        bench.on_epoch("train", record)
-
-    job = Job(
-        train=data,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        optimiser=config.optimiser,
-        seed=bench.seed,
-        augment=bench.recipe.data.augment,
-        validation=bench.data.validation,
-        checkpoint=bench.folder / "checkpoint.safetensors",
-    )
-    history = fit(model, spam, job, bench.accelerator, note)
-    path = bench.folder / "posterior.safetensors"
-    if not path.exists():
-        spam.posterior(data.loader(config.batch_size)).save(path)
-    return history, load_posterior(path)

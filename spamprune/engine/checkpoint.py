@@ -11,27 +11,37 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from spamprune.bayes.spam import SpaM
+from spamprune.engine.methods import Method
 from spamprune.errors import TrainingError
 from spamprune.files import write_tensors
+from spamprune.pruning.masks import Masks
 
-_FORMAT = "spamprune-checkpoint-1"
+_FORMAT = "spamprune-checkpoint-2"
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """What training changes; chance is a function of seed and epoch, and needs no keeping."""
+    """What training changes; chance is a function of seed and epoch, and needs no keeping.
+
+    Attributes:
+        model: What is trained.
+        optimizer: Of its parameters.
+        method: The way of training.
+        masks: Weights that are held at zero, changed in place by :func:`load`.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    spam: SpaM
+    method: Method
+    masks: Masks | None = None
 
 
 def save(path: Path, trainee: Trainee, epoch: int, history: list[dict[str, Any]]) -> None:
     """Write the state after ``epoch`` to ``path``, atomically."""
     optimizer = trainee.optimizer.state_dict()
     tensors = {f"model/{k}": v for k, v in trainee.model.state_dict().items()}
-    tensors |= {f"spam/{k}": v for k, v in trainee.spam.state_dict().items()}
+    tensors |= {f"method/{k}": v for k, v in trainee.method.state_dict().items()}
+    tensors |= {f"mask/{k}": v for k, v in (trainee.masks or {}).items()}
     numbers: dict[str, Any] = {}
     for index, state in optimizer["state"].items():
         for key, value in state.items():
@@ -67,7 +77,10 @@ def load(path: Path, trainee: Trainee) -> tuple[int, list[dict[str, Any]]]:
             index, name = key.split("/")
             state.setdefault(int(index), {})[name] = number
         trainee.model.load_state_dict(_part(tensors, "model/"))
-        trainee.spam.load_state_dict(_part(tensors, "spam/"))
+        trainee.method.load_state_dict(_part(tensors, "method/"))
+        if trainee.masks is not None:
+            kept = _part(tensors, "mask/")
+            trainee.masks.update({k: kept[k].to(m.device) for k, m in trainee.masks.items()})
         trainee.optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
     except (RuntimeError, KeyError, ValueError) as error:
         raise _unusable(path, error) from error

@@ -15,6 +15,7 @@ from spamprune.bayes.posterior import Posterior
 from spamprune.bayes.spam import SpaM
 from spamprune.engine.bench import Bench, create_model
 from spamprune.engine.fit import Job, fit
+from spamprune.engine.methods import ByPrior
 from spamprune.pruning import compaction, cost, masks, plan
 from spamprune.recipe.schema import FineTune, Structured, Unstructured
 from spamprune.report.results import Compacted, Masked, Quality
@@ -34,7 +35,7 @@ class _Trained:
     def scores(self, criterion: str, model: nn.Module | None = None) -> scores.Scores:
         """Score the trained network, or a masked copy of it."""
         bench = self.bench
-        batch_size = bench.recipe.train[bench.training].batch_size
+        batch_size = bench.config.batch_size
         data = bench.data.train.loader(batch_size, seed=bench.seed)
         scored = self.model if model is None else model
         return scores.CRITERIA[criterion](scored, self.posterior, data=data, seed=bench.seed)
@@ -217,5 +218,5 @@ def _train_on(
         masks=held_masks,
         checkpoint=checkpoint,
     )
-    fit(model, spam, job, bench.accelerator, lambda record: bench.on_epoch(name, record))
+    fit(model, ByPrior(spam), job, bench.accelerator, lambda record: bench.on_epoch(name, record))
     checkpoint.unlink(missing_ok=True)

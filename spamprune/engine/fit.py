@@ -17,10 +17,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from spamprune.bayes.spam import SpaM
 from spamprune.data import Split
 from spamprune.data.base import Augment, mixed_seed
 from spamprune.engine import checkpoint
+from spamprune.engine.methods import Method
 from spamprune.errors import TrainingError
 from spamprune.pruning.masks import Masks, held
 from spamprune.recipe.schema import Optimiser
@@ -44,8 +44,12 @@ class Job:
         seed: Of the order of the data and its augmentation.
         augment: Augmentation of the training data.
         validation: Data whose accuracy is recorded after each epoch.
-        masks: Weights that stay at zero.
+        masks: Weights that stay at zero. ``after_epoch`` may change them in place, and then applies
+            them.
         checkpoint: Where the state is kept after each epoch, to resume from.
+        after_epoch: Called after each epoch and its evidence step, before the state is kept.
+        span: The first and the last epoch to train, where that is a part of ``epochs``; rates
+            follow the schedule of the whole.
     """
 
     train: Split
@@ -57,24 +61,25 @@ class Job:
     validation: Split | None = None
     masks: Masks | None = None
     checkpoint: Path | None = None
+    after_epoch: Callable[[int], None] = lambda epoch: None
+    span: tuple[int, int] | None = None
 
 
 def fit(
     model: nn.Module,
-    spam: SpaM,
+    method: Method,
     job: Job,
     accelerator: Accelerator,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
 ) -> list[EpochRecord]:
-    """Train ``model`` in place by SpaM, or by MAP where ``spam`` never updates its prior.
+    """Train ``model`` in place.
 
-    The prior acts through :meth:`SpaM.shrink`, which is stable however large its precision.
     A checkpoint that is there already is resumed from; the result is bit-identical to an
     uninterrupted run on the same machine.
 
     Args:
         model: The network, on the accelerator's device.
-        spam: Its prior.
+        method: What happens besides gradient steps, such as :class:`~.methods.ByPrior`.
         job: What to train on.
         accelerator: Device and precision.
         on_epoch: Called after each epoch, also for those that a checkpoint already holds.
@@ -107,16 +112,17 @@ def fit(
             warmup_lr_init=job.optimiser.min_lr,
             t_in_epochs=False,
         )
-    trainee = checkpoint.Trainee(model, optimizer, spam)
-    done, history = 0, []
+    trainee = checkpoint.Trainee(model, optimizer, method, job.masks)
+    first, last = job.span or (1, job.epochs)
+    done, history = first - 1, []
     if job.checkpoint is not None and job.checkpoint.exists():
         done, lines = checkpoint.load(job.checkpoint, trainee)
         history = [EpochRecord(**line) for line in lines]
         for record in history:
             on_epoch(record)
     saved, kept = -math.inf, done
-    with held(model, job.masks, optimizer) if job.masks else nullcontext():
-        for epoch in range(done + 1, job.epochs + 1):
+    with nullcontext() if job.masks is None else held(model, job.masks, optimizer):
+        for epoch in range(done + 1, last + 1):
             started = time.perf_counter()
             loader.set_epoch(epoch)
             plain.set_epoch(epoch)
@@ -131,9 +137,9 @@ def fit(
                 with accelerator.autocast():
                     loss = F.cross_entropy(model(inputs), targets)
                 optimizer.zero_grad()
-                accelerator.backward(loss)
+                accelerator.backward(loss + method.penalty())
                 optimizer.step()
-                spam.shrink(optimizer)
+                method.after_step(optimizer)
                 total += loss.detach() * len(targets)
             mean = total.item() / len(job.train)
             if not math.isfinite(mean) or not _finite(model):
@@ -142,18 +148,19 @@ def fit(
                     f"the loss is {mean} in epoch {epoch} and weights are lost; {there}: lower "
                     f"the learning rate (optimiser.lr is {job.optimiser.lr})"
                 )
-            step_taken = spam.update(epoch, plain)
+            step_taken = method.after_epoch(epoch, plain)
+            job.after_epoch(epoch)
             record = EpochRecord(
                 epoch=epoch,
                 loss=mean,
                 lr=optimizer.param_groups[0]["lr"],
                 seconds=time.perf_counter() - started,
                 validation_accuracy=_accuracy(model, job.validation) if job.validation else None,
-                log_evidence=step_taken.after if step_taken else None,
-                log_precision=spam.mean_log_precision() if step_taken else None,
+                log_evidence=step_taken.log_evidence if step_taken else None,
+                log_precision=step_taken.log_precision if step_taken else None,
             )
             history.append(record)
-            stale = time.monotonic() - saved >= CHECKPOINT_SECONDS or epoch == job.epochs
+            stale = time.monotonic() - saved >= CHECKPOINT_SECONDS or epoch == last
             if job.checkpoint is not None and stale:
                 lines = [line.model_dump() for line in history]
                 checkpoint.save(job.checkpoint, trainee, epoch, lines)

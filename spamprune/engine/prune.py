@@ -18,6 +18,7 @@ from spamprune.data import DataSet, Split
 from spamprune.data.base import Augment
 from spamprune.engine.cell import accelerator
 from spamprune.engine.fit import Job, fit
+from spamprune.engine.methods import ByPrior
 from spamprune.engine.network import Network, fit_data
 from spamprune.engine.stages import Stages
 from spamprune.errors import OutputError, PruningError, TrainingError, nearest
@@ -209,7 +210,7 @@ def _finetune(
         augment=request.augment,
     )
     prior = SpaM(small, len(data.train), prior="scalar", burn_in=None)  # N(0, 1), never tuned
-    fit(small, prior, job, here, note)
+    fit(small, ByPrior(prior), job, here, note)
 
 
 def _save(

@@ -10,8 +10,9 @@ from spamprune.bayes.spam import SpaM
 from spamprune.data import load
 from spamprune.data.base import mixed_seed
 from spamprune.engine.fit import Job, _parameter_groups, fit
+from spamprune.engine.methods import ByPrior
 from spamprune.models import create
-from spamprune.pruning.masks import global_masks
+from spamprune.pruning.masks import apply_masks, global_masks
 from spamprune.recipe.schema import Optimiser
 
 CANCER = load("cancer", validation=0.1)
@@ -27,7 +28,7 @@ def train(model, optimiser, epochs=3, **job):
     rates = []
     fit(
         model,
-        spam,
+        ByPrior(spam),
         Job(CANCER.train, epochs, 64, optimiser, seed=0, **job),
         Accelerator(),
         lambda record: rates.append(record.lr),
@@ -84,7 +85,7 @@ def test_dropout_is_live_after_every_evidence_step():
     modes = []
     model[2].register_forward_hook(lambda module, *_: modes.append(module.training))
     job = Job(CANCER.train, 3, 64, Optimiser(lr=0.01), seed=0, validation=CANCER.validation)
-    fit(model, spam, job, Accelerator())
+    fit(model, ByPrior(spam), job, Accelerator())
     steps = len(CANCER.train.loader(64))
     assert sum(modes) == 3 * steps  # live in every training step
     assert len(modes) >= 3 * (2 * steps + 1)  # and off in evidence steps and validation
@@ -110,3 +111,46 @@ def test_single_numbers_learn_ten_times_slower_under_sgd():
     assert len(tensors["params"]) + len(scalars["params"]) == len(list(model.parameters()))
     (everything,) = _parameter_groups(model, Optimiser(name="adam", lr=0.1))
     assert len(everything["params"]) == len(list(model.parameters()))
+
+
+def test_spans_are_parts_of_one_schedule():
+    whole, parts = network(), network()
+    optimiser = Optimiser(name="sgd", lr=0.05, momentum=0.0)
+    rates = train(whole, optimiser, epochs=4)
+    split = train(parts, optimiser, epochs=4, span=(1, 3)) + train(
+        parts, optimiser, epochs=4, span=(4, 4)
+    )
+    assert split == rates
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_masks_that_grow_hold_from_then_on_and_survive_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr("spamprune.engine.fit.CHECKPOINT_SECONDS", 0)
+
+    def cut(model, epochs, path, seen):
+        masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+
+        def after(epoch):
+            if epoch == 2:
+                masks["0.weight"][0] = False
+                apply_masks(model, masks)
+            seen.append((epoch, model[0].weight[0].abs().max().item()))
+
+        train(
+            model,
+            Optimiser(lr=0.05, schedule="constant"),
+            epochs=epochs,
+            masks=masks,
+            after_epoch=after,
+            checkpoint=path,
+        )
+
+    whole, first, second = network(), network(), network()
+    seen: list[tuple[int, float]] = []
+    cut(whole, 4, None, seen)
+    assert [size == 0 for _, size in seen] == [False, True, True, True]
+    cut(first, 2, tmp_path / "c.safetensors", [])
+    cut(second, 4, tmp_path / "c.safetensors", [])
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
