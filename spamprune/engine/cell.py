@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from spamprune.engine import experiments
+from spamprune.engine import structured, unstructured
 from spamprune.engine.bench import Bench, OnEpoch, create_model, load_data
+from spamprune.engine.subject import Subject
 from spamprune.engine.training import train
 from spamprune.errors import TrainingError
 from spamprune.recipe.schema import Recipe
@@ -73,6 +74,7 @@ def _arithmetic(threads: int) -> Iterator[None]:
 def _run(bench: Bench) -> Cell:
     trained = train(bench, create_model(bench.recipe, bench.seed).to(bench.accelerator.device))
     model, posterior = trained.model, trained.posterior
+    subject = Subject(bench, model, posterior)
     validation = bench.data.validation
     return Cell(
         training=bench.training,
@@ -85,6 +87,6 @@ def _run(bench: Bench) -> Cell:
         log_evidence=posterior.log_evidence,
         train_seconds=sum(record.seconds for record in trained.history),
         history=trained.history,
-        masked=list(experiments.run_unstructured(bench, model, posterior)),
-        compacted=list(experiments.run_structured(bench, model, posterior)),
+        masked=list(unstructured.run(subject)),
+        compacted=list(structured.run(subject)),
     )
