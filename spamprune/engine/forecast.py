@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spamprune.bayes.curvature import CurvatureMethod
+from spamprune.bayes.curvature.preflight import preflight
 from spamprune.data import DataSet
 from spamprune.engine.bench import create_model
 from spamprune.engine.cell import accelerator
@@ -44,6 +46,23 @@ def forecast(recipe: Recipe, data: DataSet, jobs: int = 1) -> float:
     )
     cells = len(recipe.train) * len(recipe.seeds)
     return total * len(recipe.seeds) / min(jobs, cells)
+
+
+def posteriors(recipe: Recipe, data: DataSet) -> list[str]:
+    """Return a line for each kind of posterior that a recipe fits: its time and its memory."""
+    model = create_model(recipe, recipe.seeds[0]).to(accelerator().device)
+    wanted: dict[str, list[str]] = {}
+    for name, config in recipe.train.items():
+        if config.method in ("map", "spam"):
+            wanted.setdefault(config.curvature.model_dump_json(), []).append(name)
+    lines = []
+    for names in wanted.values():
+        config = recipe.train[names[0]]
+        method = CurvatureMethod(**config.curvature.model_dump() | {"samples": None})
+        batches = data.train.loader(config.batch_size, seed=0)
+        found = preflight(model, batches, n_data=len(data.train), curvature=method)
+        lines.append(f"posterior of {', '.join(names)}: {found}")
+    return lines
 
 
 def _training(recipe: Recipe, name: str, samples: int, step: float) -> float:

@@ -14,7 +14,7 @@ from spamprune.engine import parallel
 from spamprune.engine.bench import create_model, load_data
 from spamprune.engine.cell import run_cell
 from spamprune.engine.filters import filter_banks
-from spamprune.engine.forecast import forecast, in_words
+from spamprune.engine.forecast import forecast, in_words, posteriors
 from spamprune.engine.parallel import Key
 from spamprune.engine.progress import Progress
 from spamprune.errors import OutputError
@@ -59,7 +59,10 @@ def run(
     expected = forecast(recipe, data, jobs)
     if expected >= TOLD_FROM:
         done = " less what is finished" if resume else ""
-        Console(stderr=True).print(f"{recipe.name}: about {in_words(expected)} here{done}")
+        console = Console(stderr=True, highlight=False, markup=False)
+        console.print(f"{recipe.name}: about {in_words(expected)} here{done}")
+        for line in posteriors(recipe, data):
+            console.print(line)
     keys = [(training, seed) for training in recipe.train for seed in recipe.seeds]
     cells = _run_all(recipe, out, keys, jobs)
     results = Results(

@@ -2,7 +2,7 @@ import pytest
 
 from spamprune.data import load
 from spamprune.engine import forecast as module
-from spamprune.engine.forecast import forecast, in_words
+from spamprune.engine.forecast import forecast, in_words, posteriors
 from spamprune.recipe import Recipe
 
 
@@ -54,3 +54,13 @@ def test_durations_in_words(seconds, words):
 def test_steps_are_timed(monkeypatch):
     monkeypatch.undo()
     assert 0 < forecast(recipe(), load("cancer")) < 600
+
+
+def test_a_line_for_each_kind_of_posterior():
+    kron = {"curvature": {"structure": "kron"}, "method": "map", "epochs": 1}
+    train = {"a": {"method": "map", "epochs": 1}, "b": {"method": "map", "epochs": 2}, "c": kron}
+    data = load("cancer")
+    plain, factors = posteriors(recipe(train=train), data)
+    assert plain.startswith(f"posterior of a, b: sketch of {len(data.train)} samples: about ")
+    assert factors.startswith("posterior of c: Kronecker factors of ")
+    assert " beside activations of " in plain
