@@ -71,9 +71,12 @@ def _cuts(
             if key not in gone:
                 gone[key] = torch.zeros(sizes[piece.name][piece.dim], dtype=torch.bool)
             gone[key][piece.index[chosen[piece.unit]]] = True
+    # one tensor after the other: of those cut in two dimensions, only one is held half done
     return tuple(
-        Cut(name, dim, len(flags), tuple(flags.nonzero()[:, 0].tolist()))
-        for (name, dim), flags in gone.items()
+        Cut(name, dim, size, tuple(gone[name, dim].nonzero()[:, 0].tolist()))
+        for name, shape in sizes.items()
+        for dim, size in enumerate(shape)
+        if (name, dim) in gone
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -85,7 +86,7 @@ class Plan:
         notes: Groups left whole or stopped at their minimum, each with the reason.
         comparable: Whether the compacted network must agree with the masked one. It need not
             where normalisation spans pruned units: their zeros count there.
-        cuts: What goes from each tensor.
+        cuts: What goes from each tensor, one tensor after the other.
         attributes: Module → attribute → value, such as a number of heads.
         scalings: Factors that keep attention logits what they were.
     """
@@ -148,6 +149,29 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         if isinstance(cache, dict):
             cache.clear()
     return small
+
+
+def cut_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
+    """Return what a plan leaves of a tensor that goes along with a parameter, such as its prior.
+
+    Args:
+        plan: The plan.
+        name: The parameter.
+        tensor: Shaped like it, save that it may have one entry for all positions of a dimension.
+
+    Raises:
+        PruningError: The tensor is shaped otherwise.
+    """
+    for cut in plan.cuts:
+        if cut.tensor != name or tensor.shape[cut.dim] == 1:
+            continue
+        if tensor.shape[cut.dim] != cut.size:
+            raise PruningError(
+                f"the plan expects {cut.size} positions in dimension {cut.dim} of what goes along "
+                f"with {name!r}, not {tensor.shape[cut.dim]}"
+            )
+        tensor = tensor.index_select(cut.dim, _kept(cut.size, cut.gone).to(tensor.device))
+    return tensor
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
@@ -263,6 +287,7 @@ def _checked(tensors: Mapping[str, Tensor], change: Cut | Scaling) -> Tensor:
 def _smaller(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Return every tensor that changes, scaled and cut."""
     tensors = _tensors(model)
+    kept = cache(_kept)  # most tensors lose the same positions as others
     result: dict[str, Tensor] = {}
     for scaling in plan.scalings:
         checked = _checked(tensors, scaling)
@@ -272,11 +297,17 @@ def _smaller(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         tensor.index_copy_(scaling.dim, rows, scaled)
     for cut in plan.cuts:
         tensor = _checked(tensors, cut)
-        keep = torch.ones(cut.size, dtype=torch.bool)
-        keep[list(cut.gone)] = False
-        kept = keep.nonzero()[:, 0].to(tensor.device)
-        result[cut.tensor] = result.get(cut.tensor, tensor.detach()).index_select(cut.dim, kept)
+        positions = kept(cut.size, cut.gone).to(tensor.device)
+        before = result.get(cut.tensor, tensor.detach())
+        result[cut.tensor] = before.index_select(cut.dim, positions)
     return result
+
+
+def _kept(size: int, gone: tuple[int, ...]) -> Tensor:
+    """Return the positions that stay."""
+    keep = torch.ones(size, dtype=torch.bool)
+    keep[list(gone)] = False
+    return keep.nonzero()[:, 0]
 
 
 def _describe(module: nn.Module) -> None:

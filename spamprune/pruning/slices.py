@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -65,10 +66,11 @@ def _sums(score: Tensor, piece: Slice, dtype: torch.dtype) -> Tensor:
     if piece.groups == 1:
         # torch sums pairwise, so that single precision is enough here, and several times as fast
         own = torch.promote_types(score.dtype, torch.float32)
-        if score.dim() > 2 and piece.dim < 2:
-            score = score.flatten(2).sum(2, dtype=own)
-        others = [d for d in range(score.dim()) if d != piece.dim]
-        totals = (score.sum(others, dtype=own) if others else score).to(dtype)
+        # long sums first: torch is slow at many short ones, such as those over a kernel's pixels
+        before, after = score.shape[: piece.dim], score.shape[piece.dim + 1 :]
+        table = score.reshape(math.prod(before), score.shape[piece.dim], math.prod(after))
+        table = table.sum(0, dtype=own) if before else table[0]
+        totals = table.sum(1, dtype=own).to(dtype)
     else:
         totals = einops.reduce(score.to(dtype), "(g o) i ... -> (g i)", "sum", g=piece.groups)
     return totals[piece.index.to(score.device)]

@@ -8,9 +8,11 @@ it likes. An operation without a rule is safe: it fixes every axis that goes int
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch._ops import OpOverload
 
 from spamprune.pruning.axes.axis import Axis, fix, tie
 
@@ -103,6 +105,15 @@ class Call:
             for item in (value if isinstance(value, (list, tuple)) else [value])
             if isinstance(item, Shadow)
         ]
+
+
+@cache
+def signature(operation: OpOverload) -> tuple[str, list[str], dict[str, Any]]:
+    """Return an operation's name, its positional arguments, and every argument's default."""
+    schema = operation._schema
+    positional = [a.name for a in schema.arguments if not a.kwarg_only]
+    defaults = {a.name: a.default_value for a in schema.arguments}
+    return schema.name.partition("::")[2], positional, defaults
 
 
 Rule = Callable[[Call], list[Axes]]

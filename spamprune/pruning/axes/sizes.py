@@ -125,8 +125,8 @@ def tracked(model: nn.Module) -> Iterator[None]:
     """
     originals = [(vars(module), dict(vars(module))) for module in model.modules()]
     for path, module in model.named_modules():
-        for name, value in list(vars(module).items()):
-            vars(module)[name] = _wrap(value, path, name)
+        own = vars(module)
+        own.update({k: _wrap(v, path, k) for k, v in own.items() if type(v) in (int, list, tuple)})
     try:
         yield
     finally:

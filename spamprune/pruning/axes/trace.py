@@ -25,7 +25,7 @@ from spamprune.errors import PruningError
 from spamprune.modules import evaluation_mode
 from spamprune.pruning.axes import bundles
 from spamprune.pruning.axes.axis import Axis, count, fix, leaves, tie
-from spamprune.pruning.axes.call import RULES, Axes, Call, Shadow, unknown
+from spamprune.pruning.axes.call import RULES, Axes, Call, Shadow, signature, unknown
 from spamprune.pruning.axes.code import Code
 from spamprune.pruning.axes.logits import Fold, Logits, fold
 from spamprune.pruning.axes.rules.elementwise import pointwise
@@ -325,11 +325,8 @@ class Recorder(TorchDispatchMode):
         outputs = [t for t in several if isinstance(t, Tensor)]
         if not outputs:
             return result
-        name = func._schema.name.partition("::")[2]
-        values = {a.name: a.default_value for a in func._schema.arguments}
-        positional = [a.name for a in func._schema.arguments if not a.kwarg_only]
-        values.update(zip(positional, args, strict=False))
-        values.update(kwargs or {})
+        name, positional, defaults = signature(func)
+        values = defaults | dict(zip(positional, args, strict=False)) | (kwargs or {})
         values = {key: self._shadowed(value) for key, value in values.items()}
         shapes = [tuple(t.shape) for t in outputs]
         call = Call(name, values, shapes, self.where, self.costs, self.calls)
