@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Idle OpenMP threads that spin would slow every other process on the machine.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check format clean
+.PHONY: demo test nightly check format clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,13 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# The smoke variant of every recipe, from training to report.
+nightly: .venv/installed
+	rm -rf runs/nightly
+	for recipe in recipes/*.yaml; do \
+	  $(BIN)/spamprune run $$recipe@smoke --out runs/nightly/$$(basename $$recipe .yaml) || exit 1; \
+	done
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from spamprune.report.results import Results, read_results
+from spamprune.report.schedules import gradual_steps, online_steps, post_hoc, quality
 from spamprune.report.summary import (
     Spread,
     dense,
@@ -77,6 +78,8 @@ def print_results(results: Results) -> None:
                     for key, points in series.items()
                 ),
             )
+    print_online(results)
+    print_gradual(results)
     if families(results):
         print("Units removed, accuracy %:\n")
         table(
@@ -96,6 +99,45 @@ def print_results(results: Results) -> None:
                 for f in families(results)
             ),
         )
+
+
+def print_online(results: Results) -> None:
+    """Print the cuts of masks that grew in training, beside one-shot masks as sparse as they."""
+    steps, others = online_steps(results), post_hoc(results)
+    if not steps:
+        return
+    print("Masks that grew in training, accuracy %:\n")
+    rows = []
+    for training, cuts in steps.items():
+        for epoch, seeds in cuts.items():
+            sparsity = seeds[0].sparsity
+            same = [
+                spread_of(found, "accuracy") if (found := points.get(sparsity)) else None
+                for points in others.values()
+            ]
+            measured = [quality(seeds, "pruned"), quality(seeds, "trained"), *same]
+            rows.append(
+                [training, str(epoch), f"{100 * sparsity:.4g} %", *(show(m) for m in measured)]
+            )
+    table(["training", "epoch", "sparsity", "just cut", "trained on", *others], rows)
+
+
+def print_gradual(results: Results) -> None:
+    """Print the cuts of units in training."""
+    steps = gradual_steps(results)
+    if not steps:
+        return
+    print("Units removed in training, accuracy %:\n")
+    rows = []
+    for training, cuts in steps.items():
+        for epoch, seeds in cuts.items():
+            remaining = spread(value for cut in seeds for value in cut.achieved.values()).mean
+            kilobytes = spread(cut.size.bytes for cut in seeds).mean / 1000
+            widths = "-".join(str(w) for w in seeds[0].widths.values())
+            row = [training, str(epoch), f"{100 * remaining:.1f} %", f"{kilobytes:.1f}", widths]
+            rows.append([*row, show(quality(seeds, "pruned")), show(quality(seeds, "trained"))])
+    head = ["training", "epoch", "remains", "kB", "widths of the first seed"]
+    table([*head, "just cut", "trained on"], rows)
 
 
 if __name__ == "__main__":

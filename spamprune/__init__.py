@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spamprune.pruning.block import BlockOPD
     from spamprune.pruning.compaction import Plan, apply, verify
     from spamprune.pruning.compensation import compensate
+    from spamprune.pruning.evidence import Evidence
     from spamprune.pruning.importance import OPDImportance, ScoreImportance
     from spamprune.pruning.plan import Target, plan
 
@@ -28,6 +29,7 @@ __all__ = [
     "BlockOPD",
     "Classification",
     "CurvatureMethod",
+    "Evidence",
     "MeanField",
     "OPDImportance",
     "Plan",
@@ -57,6 +59,7 @@ _HOMES = {
     "BlockOPD": "spamprune.pruning.block",
     "Classification": "spamprune.bayes.likelihood",
     "CurvatureMethod": "spamprune.bayes.curvature",
+    "Evidence": "spamprune.pruning.evidence",
     "MeanField": "spamprune.bayes.variational",
     "OPDImportance": "spamprune.pruning.importance",
     "Plan": "spamprune.pruning.compaction",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -87,6 +87,18 @@ class Prior:
         if self._shared is not None:
             return [([self._shared], list(self.log_factors))]
         return [(factors, [name]) for name, factors in self.log_factors.items()]
+
+    def inherit(self, other: Prior, cut: Callable[[str, Tensor], Tensor]) -> None:
+        """Take over the log precisions of a larger network's prior, of the same structure.
+
+        Args:
+            other: That prior.
+            cut: Given a parameter's name and one of its factors there, returns what this network
+                has of it.
+        """
+        for name, factors in self.log_factors.items():
+            for factor, larger in zip(factors, other.log_factors[name], strict=True):
+                factor.copy_(cut(name, larger))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the free log factors, by position."""

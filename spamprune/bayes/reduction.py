@@ -18,7 +18,7 @@ the data fix ``b = Pθ``, so that ``P' = P − δ + δ₀`` and ``θ' = P'⁻¹ 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -48,6 +48,15 @@ def layers(names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(layer_of(name), []).append(name)
+    return found
+
+
+def pruned_of(masks: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the fraction of each layer's weights that masks, False where one goes, remove."""
+    found = {}
+    for layer, names in layers(masks).items():
+        total = sum(masks[name].numel() for name in names)
+        found[layer] = 1 - sum(int(masks[name].sum()) for name in names) / total
     return found
 
 
@@ -148,24 +157,24 @@ def log_odds(delta_f: Tensor, iterations: int = 4) -> Tensor:
     return zeta
 
 
-def active(
+def surplus(
     delta_f: Mapping[str, Tensor],
     *,
     whole: Collection[str] = (),
     pruned: Mapping[str, Tensor] | None = None,
     iterations: int = 4,
 ) -> dict[str, Tensor]:
-    """Return which parameters stay, under odds that each layer learns.
+    """Return ``ΔF − ζ`` under odds that each layer learns: it pays to remove what is positive.
 
     Args:
         delta_f: ΔF in nats by name.
         whole: Layers that stay as they are, such as the last; the paper's method keeps it.
         pruned: Masks of an earlier round, True where a parameter stayed: the others stay gone, and
             count as such in the odds.
-        iterations: See :func:`log_odds`.
+        iterations: See :func:`log_odds`; 0 for even odds.
 
     Returns:
-        Masks, True where a parameter stays.
+        Float64 by name; ∞ for what is gone, −∞ for what stays in any case.
 
     Raises:
         PosteriorError: There is no such layer, or ΔF is not a number.
@@ -174,7 +183,7 @@ def active(
     for layer in whole:
         if layer not in by_layer:
             raise PosteriorError(f"no layer {layer!r} to leave whole: {nearest(layer, by_layer)}")
-    stays: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for layer, names in by_layer.items():
         gains = {name: delta_f[name].double() for name in names}
         if pruned is not None:
@@ -183,11 +192,48 @@ def active(
             if gain.isnan().any():
                 raise PosteriorError(f"ΔF of {name!r} is not a number: is the posterior finite?")
         if layer in whole:
-            stays |= {name: gain < math.inf for name, gain in gains.items()}
+            found |= {n: gain.masked_fill(gain < math.inf, -math.inf) for n, gain in gains.items()}
         else:
             zeta = log_odds(torch.cat([gain.flatten() for gain in gains.values()]), iterations)
-            stays |= {name: gain <= zeta for name, gain in gains.items()}
-    return {name: stays[name] for name in delta_f}
+            found |= {name: gain - zeta for name, gain in gains.items()}
+    return {name: found[name] for name in delta_f}
+
+
+def furthest(
+    surpluses: Mapping[str, Tensor],
+    allowed: Callable[[dict[str, Tensor]], bool],
+    *,
+    steps: int = 6,
+) -> dict[str, Tensor]:
+    """Return masks that remove as much of what has a surplus, largest first, as is allowed.
+
+    ΔF is of one parameter beside the others: many small effects that point the same way add up to
+    more than their sum. So the evidence of the reduced network is worth measuring.
+
+    Args:
+        surpluses: See :func:`surplus`.
+        allowed: Told masks, True where a parameter stays, returns whether they may be.
+        steps: Of the bisection, each with a call of ``allowed``; first comes one for all at once.
+
+    Returns:
+        Masks, True where a parameter stays; what is gone already stays gone.
+    """
+    flat = torch.cat([s.flatten() for s in surpluses.values()])
+    paying = flat[(flat > 0) & flat.isfinite()].sort(descending=True).values
+
+    def masks(taken: int) -> dict[str, Tensor]:
+        least = paying[taken - 1].item() if taken else math.inf
+        return {name: s < least for name, s in surpluses.items()}
+
+    low, high = 0, len(paying)
+    if not high or allowed(masks(high)):
+        return masks(high)
+    for _ in range(steps):
+        middle = (low + high) // 2
+        if middle == low:
+            break
+        low, high = (middle, high) if allowed(masks(middle)) else (low, middle)
+    return masks(low)
 
 
 def _gaussian(posterior: Posterior, name: str, parameter: Tensor) -> Gaussian:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -60,6 +60,10 @@ class SpaM:
         lr: Learning rate of Adam's.
         damping: For ``"exact"``: weight of the old log δ in the new one.
         seed: Of what the curvature draws.
+        masks: False where a weight is pruned, by name; read at each update, so they may change in
+            place. Pruned weights are zero and no parameters any more: their curvature counts as
+            zero, which takes them out of the evidence and of every tied sum. Left in, they would
+            pull tied precisions up, as weights that the data determine to be zero.
 
     Raises:
         PosteriorError: ``"exact"`` is asked of a prior that is not parameterwise, or of Kronecker
@@ -84,6 +88,7 @@ class SpaM:
         lr: float = 0.1,
         damping: float = 0.0,
         seed: int = 0,
+        masks: Mapping[str, Tensor] | None = None,
     ):
         if update == "exact" and prior != "parameterwise":
             raise PosteriorError(f"update 'exact' needs a parameterwise prior, not {prior!r}")
@@ -97,7 +102,7 @@ class SpaM:
         self.burn_in, self.every, self.last = burn_in, every, last
         self.update_rule: Update = update
         self.steps, self.lr, self.damping = steps, lr, damping
-        self.seed = seed
+        self.seed, self.masks = seed, masks
         self._parameters = named_parameters(model)
         self._refresh()
 
@@ -147,9 +152,16 @@ class SpaM:
 
         Returns:
             The evidence before and after, or None when no update was due.
+
+        Raises:
+            PosteriorError: There are masks, and the curvature is Kronecker-factored.
         """
         if not self.due(epoch):
             return None
+        if self.masks is not None and self.curvature.structure == "kron":
+            raise PosteriorError(
+                "Kronecker factors cannot leave out the weights that masks do: use structure 'diag'"
+            )
         curvature = self._fit_curvature(loader, self.seed + epoch, self.curvature)
         before = self._log_evidence(curvature)
         given = (self.prior, self._parameters, curvature)
@@ -168,7 +180,7 @@ class SpaM:
     def _fit_curvature(
         self, loader: Iterable[tuple[Tensor, Tensor]], seed: int, method: CurvatureMethod
     ) -> Curvature:
-        return fit_curvature(
+        curvature = fit_curvature(
             self.model,
             loader,
             n_data=self.n_data,
@@ -176,6 +188,10 @@ class SpaM:
             likelihood=self.likelihood,
             seed=seed,
         )
+        for name, mask in (self.masks or {}).items():
+            if name not in curvature.kron:
+                curvature.diag[name].masked_fill_(~mask, 0)
+        return curvature
 
     def _with_noise(
         self,
@@ -205,6 +221,17 @@ class SpaM:
     def mean_log_precision(self) -> list[float]:
         """Return the mean log δ of each parameter tensor, in the model's order."""
         return [d.log().mean().item() for d in self.prior.precision().values()]
+
+    def inherit(self, other: SpaM, cut: Callable[[str, Tensor], Tensor]) -> None:
+        """Take over what ``other`` learned on a larger network, from which this one was cut.
+
+        Args:
+            other: Of the same settings.
+            cut: See :meth:`~spamprune.bayes.prior.Prior.inherit`.
+        """
+        self.prior.inherit(other.prior, cut)
+        self.likelihood = other.likelihood
+        self._refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what training changes: the prior's log precisions, and the noise if learned."""

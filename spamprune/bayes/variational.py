@@ -15,7 +15,8 @@ in convolutions, nor on tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -51,8 +52,9 @@ class MeanField(nn.Module):
     """A network with a distribution over its weights, to be trained in its place.
 
     ``loss = F.cross_entropy(field(x), y) + field.penalty()`` in any training loop; optimise
-    ``field.parameters()``. The network's own parameters are where the means start; they take no
-    part in training, and :meth:`posterior` sets them to the means. Dropout is best left out.
+    ``field.parameters()``. In evaluation mode the weights are the posterior means. The network's
+    own parameters are where the means start; they take no part in training, and :meth:`collapse`
+    sets them to the means. Dropout is best left out.
 
     Args:
         network: The network. It is registered as a part, so that modes, devices and buffers follow.
@@ -94,11 +96,15 @@ class MeanField(nn.Module):
                 value = parameters[name].detach()
                 self.means.append(nn.Parameter((value / scale).contiguous()))
                 self.spreads.append(nn.Parameter(torch.full_like(value, softplus_inverse(_START))))
-                self.register_buffer(self._mask(name), torch.ones_like(value, dtype=torch.bool))
+                mask = torch.ones_like(value, dtype=torch.bool)
+                self.register_buffer("mask:" + name.replace(".", ":"), mask)
 
-    @staticmethod
-    def _mask(name: str) -> str:
-        return "mask:" + name.replace(".", ":")
+    def _mask(self, name: str) -> Tensor:
+        return self.get_buffer("mask:" + name.replace(".", ":"))
+
+    def masks(self) -> dict[str, Tensor]:
+        """Return which weights stay, by name."""
+        return {name: self._mask(name) for name in self._names}
 
     def _scales(self, *, draw: bool) -> list[Tensor]:
         """Return γ for every parameter, of a shape that broadcasts to its own."""
@@ -109,7 +115,7 @@ class MeanField(nn.Module):
         weights, parts = {}, {}
         drawn = zip(self._names, self._scales(draw=True), self.means, self.spreads, strict=True)
         for name, scale, mean, spread in drawn:
-            scale = scale * self.get_buffer(self._mask(name))
+            scale = scale * self._mask(name)
             parts[name] = (
                 scale * mean,
                 scale * (F.softplus(spread) * torch.randn_like(spread)),
@@ -117,7 +123,18 @@ class MeanField(nn.Module):
             weights[name] = parts[name][0] + parts[name][1]
         return weights, parts
 
+    def _centre(self) -> dict[str, Tensor]:
+        """Return the posterior means by name, at the medians of the scales."""
+        rows = zip(self._names, self._scales(draw=False), self.means, strict=True)
+        return {name: scale * mean * self._mask(name) for name, scale, mean in rows}
+
     def forward(self, inputs: Tensor) -> Tensor:
+        """Return the network's outputs: in training mode under drawn weights, else at the means."""
+        if self.training:
+            return self._drawn(inputs)
+        return call_with(self.network, self._centre(), inputs)
+
+    def _drawn(self, inputs: Tensor) -> Tensor:
         """Return the network's outputs under drawn weights."""
         weights, parts = self._draw()
         drawn = {
@@ -129,15 +146,47 @@ class MeanField(nn.Module):
     def divergence(self) -> Tensor:
         """Return KL(q‖p) of weights and scales in nats, ≥ 0."""
         total = torch.stack([cast(LayerScale, scale).divergence() for scale in self.scales]).sum()
-        for mean, spread in zip(self.means, self.spreads, strict=True):
+        for name, mean, spread in zip(self._names, self.means, self.spreads, strict=True):
             sigma = F.softplus(spread)
-            squares = mean.square().sum() + sigma.square().sum()
-            total = total + 0.5 * (squares - mean.numel()) - sigma.log().sum()
+            each = 0.5 * (mean.square() + sigma.square() - 1) - sigma.log()
+            total = total + (each * self._mask(name)).sum()  # what is pruned is as the prior
         return total
+
+    @torch.no_grad()
+    def gains(self) -> dict[str, Tensor]:
+        """Return ``ΔF = ln q(0)/p(0)`` in nats for the removal of each weight, by name.
+
+        It is that of w̃: a scale takes no side. See :func:`spamprune.bayes.reduction.surplus`.
+        """
+        return {
+            name: -sigma.log() - 0.5 * (mean / sigma).square()
+            for name, mean, spread in zip(self._names, self.means, self.spreads, strict=True)
+            for sigma in [F.softplus(spread.double())]
+        }
+
+    def mean_log_precision(self) -> list[float]:
+        """Return the mean log δ of each parameter tensor, scales at their medians."""
+        return [-2 * scale.log().mean().item() for scale in self._scales(draw=False)]
 
     def penalty(self) -> Tensor:
         """Return KL/N, to be added to the mean loss of a batch."""
         return self.divergence() / self.n_data
+
+    @contextmanager
+    def reduced(self, masks: Mapping[str, Tensor]) -> Iterator[None]:
+        """Hold further weights at zero for as long as a ``with`` block lasts.
+
+        Args:
+            masks: By name, True where a weight stays.
+        """
+        before = {name: mask.clone() for name, mask in self.masks().items()}
+        try:
+            for name, mask in self.masks().items():
+                mask &= masks[name]
+            yield
+        finally:
+            for name, mask in self.masks().items():
+                mask.copy_(before[name])
 
     @torch.no_grad()
     def prune(self, masks: Mapping[str, Tensor]) -> None:
@@ -151,7 +200,7 @@ class MeanField(nn.Module):
         """
         check_shapes(self.network, masks, "the set of masks")
         for name, mean, spread in zip(self._names, self.means, self.spreads, strict=True):
-            mask = self.get_buffer(self._mask(name))
+            mask = self._mask(name)
             mask &= masks[name]
             # the data no longer tell of them: their posterior is the prior
             mean.masked_fill_(~mask, 0.0)
@@ -180,23 +229,41 @@ class MeanField(nn.Module):
         self,
         loader: Iterable[tuple[Tensor, Tensor]],
         likelihood: Likelihood = CLASSIFICATION,
+        samples: int | None = None,
     ) -> float:
         """Return the evidence lower bound in nats, with one draw of the weights per batch.
 
+        Args:
+            loader: The training data.
+            likelihood: Of the targets.
+            samples: Stop once this many were seen and scale up to N; all by default.
+
         Raises:
-            PosteriorError: The loader gave another number of samples than N.
+            PosteriorError: The loader gave another number of samples than N, where all are wanted.
         """
         loss, seen, device = 0.0, 0, device_of(self.network)
         with evaluation_mode(self.network):
             for inputs, targets in loader:
-                outputs = self(inputs.to(device))
+                outputs = self._drawn(inputs.to(device))
                 loss += likelihood.losses(outputs, targets.to(device)).double().sum().item()
                 seen += len(inputs)
-        if seen != self.n_data:
+                if samples is not None and seen >= samples:
+                    break
+        if samples is not None:
+            loss *= self.n_data / seen
+        elif seen != self.n_data:
             raise PosteriorError(
                 f"the loader gave {seen} samples and n_data is {self.n_data}: give the training set"
             )
         return -loss - self.divergence().item()
+
+    @torch.no_grad()
+    def collapse(self) -> nn.Module:
+        """Set the network to the posterior means, and return it."""
+        parameters = named_parameters(self.network)
+        for name, mean in self._centre().items():
+            parameters[name].copy_(mean)
+        return self.network
 
     @torch.no_grad()
     def posterior(
@@ -216,13 +283,15 @@ class MeanField(nn.Module):
             A diagonal posterior whose curvature is ``P − δ`` and whose evidence is the lower bound.
         """
         bound = self.elbo(loader, likelihood)
-        parameters = named_parameters(self.network)
+        self.collapse()
         diag, prior = {}, {}
-        rows = zip(self._names, self._scales(draw=False), self.means, self.spreads, strict=True)
-        for name, scale, mean, spread in rows:
-            parameters[name].copy_(scale * mean * self.get_buffer(self._mask(name)))
-            prior[name] = scale.square().reciprocal().expand(mean.shape).contiguous()
-            diag[name] = prior[name] * (F.softplus(spread).square().reciprocal() - 1)
+        for name, scale, spread in zip(
+            self._names, self._scales(draw=False), self.spreads, strict=True
+        ):
+            prior[name] = scale.square().reciprocal().expand(spread.shape).contiguous()
+            # data only ever narrow a posterior: what is wider than the prior is noise
+            excess = (F.softplus(spread).square().reciprocal() - 1).clamp(min=0)
+            diag[name] = prior[name] * excess * self._mask(name)
         loss = -bound - self.divergence().item()
         curvature = Curvature(diag, loss, self.n_data, "variational", "mean-field")
         return Posterior(curvature, prior, 1.0, bound)

@@ -76,7 +76,7 @@ def prune(
         str, typer.Option(help="What scores weights: opd, obd, taylor, magnitude, random …")
     ] = "opd",
     ranking: Annotated[
-        str, typer.Option(help="How units are compared: uniform, global or isomorphic.")
+        str, typer.Option(help="How units are compared: uniform, global, per_cost, isomorphic.")
     ] = "uniform",
     kinds: Annotated[
         list[str] | None,

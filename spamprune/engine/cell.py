@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
-from spamprune.engine import structured, unstructured
-from spamprune.engine.bench import Bench, OnEpoch, create_model, load_data
+from spamprune import artifact
+from spamprune.engine import semi_structured, structured, unstructured
+from spamprune.engine.bench import Bench, OnEpoch, initial_model, load_data
 from spamprune.engine.subject import Subject
 from spamprune.engine.training import train
 from spamprune.errors import TrainingError
-from spamprune.recipe.schema import Recipe
+from spamprune.recipe.schema import Arithmetic, Recipe
 from spamprune.report.results import Cell
 
 
@@ -34,22 +37,32 @@ def run_cell(
         out: The run's folder.
         on_epoch: Called with the stage's name after each epoch of any training in it.
     """
-    bench = Bench(recipe, training, seed, out, load_data(recipe), accelerator(), on_epoch)
+    here = accelerator(recipe.arithmetic)
+    bench = Bench(recipe, training, seed, out, load_data(recipe), here, on_epoch)
     bench.folder.mkdir(parents=True, exist_ok=True)
     with _arithmetic(recipe.threads):
         return bench.once("cell", Cell, lambda: _run(bench))
 
 
-def accelerator() -> Accelerator:
-    """Return the device and precision of this process.
+def accelerator(arithmetic: Arithmetic = Arithmetic()) -> Accelerator:  # noqa: B008 - frozen
+    """Return the device and precision that networks are trained with.
 
     Raises:
-        TrainingError: It was launched in a way that training does not support.
+        TrainingError: The process was launched in a way that training does not support.
     """
+    gpu = torch.cuda.is_available()
+    precision = {"fp32": "no", "bf16": "bf16", "auto": "bf16" if gpu else "no"}[
+        arithmetic.precision
+    ]
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", precision):
+        raise TrainingError(
+            f"launched with mixed precision {launched!r}: a recipe's arithmetic.precision chooses "
+            "it, so launch with 'no'"
+        )
+    AcceleratorState._reset_state()  # which else keeps the precision of a process's first recipe
     # Apple's MPS lacks the double precision that evidence and metrics are summed in
-    found = Accelerator(cpu=not torch.cuda.is_available())
-    if found.mixed_precision == "fp16":
-        raise TrainingError("fp16 would need scaled losses: launch with bf16, or none")
+    found = Accelerator(cpu=not gpu, mixed_precision=precision)
     if found.num_processes > 1:
         raise TrainingError(
             f"launched as {found.num_processes} processes, which would all do the same work: "
@@ -72,10 +85,14 @@ def _arithmetic(threads: int) -> Iterator[None]:
 
 
 def _run(bench: Bench) -> Cell:
-    trained = train(bench, create_model(bench.recipe, bench.seed).to(bench.accelerator.device))
+    trained = train(bench, initial_model(bench.recipe, bench.seed).to(bench.accelerator.device))
     model, posterior = trained.model, trained.posterior
     subject = Subject(bench, model, posterior)
     validation = bench.data.validation
+    inference = trained.inference
+    pruned = trained.online or trained.gradual or (inference and inference.sparsity > 0)
+    if pruned:
+        artifact.save(model, bench.folder / "trained", preprocessing=bench.data.preprocessing)
     return Cell(
         training=bench.training,
         method=bench.config.method,
@@ -88,5 +105,10 @@ def _run(bench: Bench) -> Cell:
         train_seconds=sum(record.seconds for record in trained.history),
         history=trained.history,
         masked=list(unstructured.run(subject)),
+        patterned=list(semi_structured.run(subject)),
         compacted=list(structured.run(subject)),
+        online=trained.online,
+        gradual=trained.gradual,
+        inference=inference,
+        artifact=f"{bench.relative}/trained" if pruned else None,
     )

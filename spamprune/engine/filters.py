@@ -11,8 +11,9 @@ from spamprune import artifact
 from spamprune.bayes.posterior import load_posterior
 from spamprune.engine import checkpoint
 from spamprune.engine.bench import create_model, load_data
+from spamprune.engine.variational import restore
 from spamprune.pruning import masks
-from spamprune.recipe.schema import Recipe
+from spamprune.recipe.schema import BLOCK_OPD, Recipe
 from spamprune.report.results import Cell, Compacted, Results
 from spamprune.scores import CRITERIA
 
@@ -33,7 +34,12 @@ def filter_banks(recipe: Recipe, out: Path, results: Results) -> dict[str, Tenso
     cell = next((cell for cell in cells if cell.method == "spam"), cells[0])
     smallest = min(cell.compacted, key=lambda record: record.size.bytes)
     dense = create_model(recipe, cell.seed)
-    dense.load_state_dict(checkpoint.model_state(out / cell.folder / "checkpoint.safetensors"))
+    state = checkpoint.model_state(out / cell.folder / "checkpoint.safetensors")
+    settings = recipe.train[cell.training].inference()
+    if settings is None:
+        dense.load_state_dict(state)
+    else:
+        restore(dense, settings, state)
     banks = _named("dense", dense)
     banks |= _named("masked", _masked(recipe, out, cell, dense, smallest))
     banks |= _named("compacted", artifact.load(out / smallest.artifact))
@@ -43,7 +49,8 @@ def filter_banks(recipe: Recipe, out: Path, results: Results) -> dict[str, Tenso
 def _masked(recipe: Recipe, out: Path, cell: Cell, dense: nn.Module, like: Compacted) -> nn.Module:
     posterior = load_posterior(out / cell.folder / "posterior.safetensors")
     data = load_data(recipe).train.loader(recipe.train[cell.training].batch_size, seed=cell.seed)
-    scores = CRITERIA[like.criterion](dense, posterior, data=data, seed=cell.seed)
+    criterion = "opd" if like.criterion == BLOCK_OPD else like.criterion  # that scores no weights
+    scores = CRITERIA[criterion](dense, posterior, data=data, seed=cell.seed)
     copied = copy.deepcopy(dense)
     masks.apply_masks(copied, masks.global_masks(scores, 1 - like.size.params / cell.size.params))
     return copied

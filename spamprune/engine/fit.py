@@ -8,19 +8,21 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from spamprune.data import Split
 from spamprune.data.base import Augment, mixed_seed
 from spamprune.engine import checkpoint
 from spamprune.engine.methods import Method
+from spamprune.engine.objective import CROSS_ENTROPY, Objective
 from spamprune.errors import TrainingError
 from spamprune.pruning.masks import Masks, held
 from spamprune.recipe.schema import Optimiser
@@ -43,6 +45,9 @@ class Job:
         optimiser: How weights move.
         seed: Of the order of the data and its augmentation.
         augment: Augmentation of the training data.
+        objective: What a step minimises, before the prior.
+        norms: Whether BatchNorm normalises by the batch, or by its statistics, which then stay.
+        channels_last: Keep the weights of 2D convolutions in that memory layout.
         validation: Data whose accuracy is recorded after each epoch.
         masks: Weights that stay at zero. ``after_epoch`` may change them in place, and then applies
             them.
@@ -58,6 +63,9 @@ class Job:
     optimiser: Optimiser
     seed: int
     augment: Augment = "none"
+    objective: Objective = CROSS_ENTROPY
+    norms: Literal["train", "frozen"] = "train"
+    channels_last: bool = False
     validation: Split | None = None
     masks: Masks | None = None
     checkpoint: Path | None = None
@@ -90,7 +98,9 @@ def fit(
     Raises:
         TrainingError: The loss is no longer finite; the last good checkpoint is kept.
     """
-    name = {"sgd": "momentum", "adam": "adam"}[job.optimiser.name]  # timm's "sgd" is Nesterov's
+    if job.channels_last:
+        model.to(memory_format=torch.channels_last)
+    name = job.optimiser.name.replace("sgd", "momentum")  # timm's "sgd" is Nesterov's
     optimizer = create_optimizer_v2(
         _parameter_groups(model, job.optimiser),
         opt=name,
@@ -126,16 +136,19 @@ def fit(
             started = time.perf_counter()
             loader.set_epoch(epoch)
             plain.set_epoch(epoch)
-            # dropout too is a function of (seed, epoch), so that a resumed run repeats it
+            # dropout and mixup too are functions of (seed, epoch): a resumed run repeats them
             torch.manual_seed(mixed_seed(job.seed, epoch))
+            np.random.seed(mixed_seed(job.seed, epoch) % 2**32)
             model.train()
+            if job.norms == "frozen":
+                _freeze_norms(model)
             total = torch.zeros((), device=accelerator.device)
             for step, (inputs, targets) in enumerate(loader, start=(epoch - 1) * steps):
                 if schedule is not None:
                     schedule.step_update(step)
                 inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
                 with accelerator.autocast():
-                    loss = F.cross_entropy(model(inputs), targets)
+                    loss = job.objective(model, inputs, targets)
                 optimizer.zero_grad()
                 accelerator.backward(loss + method.penalty())
                 optimizer.step()
@@ -158,6 +171,7 @@ def fit(
                 validation_accuracy=_accuracy(model, job.validation) if job.validation else None,
                 log_evidence=step_taken.log_evidence if step_taken else None,
                 log_precision=step_taken.log_precision if step_taken else None,
+                reduced=step_taken.reduced if step_taken else None,
             )
             history.append(record)
             stale = time.monotonic() - saved >= CHECKPOINT_SECONDS or epoch == last
@@ -180,6 +194,12 @@ def _parameter_groups(model: nn.Module, optimiser: Optimiser) -> list[dict[str, 
         return [{"params": trainable}]
     tensors = [p for p in trainable if p.numel() > 1]
     return [{"params": tensors}, {"params": scalars, "lr": optimiser.lr / 10}]
+
+
+def _freeze_norms(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def _finite(model: nn.Module) -> bool:

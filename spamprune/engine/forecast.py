@@ -7,14 +7,16 @@ import time
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import nn
 
 from spamprune.bayes.curvature import CurvatureMethod
 from spamprune.bayes.curvature.preflight import preflight
+from spamprune.bayes.variational import MeanField
 from spamprune.data import DataSet
 from spamprune.engine.bench import create_model
 from spamprune.engine.cell import accelerator
-from spamprune.recipe.schema import Recipe, Structured
+from spamprune.recipe.schema import Recipe, SemiStructured, Structured, Training, Variational
 
 _TIMED = 3
 
@@ -29,19 +31,26 @@ def forecast(recipe: Recipe, data: DataSet, jobs: int = 1) -> float:
         data: Its data.
         jobs: Processes that work side by side.
     """
-    device = accelerator().device
-    model = create_model(recipe, recipe.seeds[0]).to(device).train()
+    here = accelerator(recipe.arithmetic)
+    model = create_model(recipe, recipe.seeds[0]).to(here.device).train()
+    if recipe.arithmetic.channels_last:
+        model.to(memory_format=torch.channels_last)
     before = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
         step = {
-            size: _step_seconds(model, size, data, device)
+            size: _step_seconds(model, size, data, here)
             for size in {training.batch_size for training in recipe.train.values()}
+        }
+        inferred = {
+            name: _inference(settings, model, training.batch_size, training.epochs, data, here)
+            for name, training in recipe.train.items()
+            if (settings := training.inference()) is not None
         }
     finally:
         torch.set_num_threads(before)
     total = sum(
-        _training(recipe, name, len(data.train), step[training.batch_size])
+        _training(recipe, name, len(data.train), step[training.batch_size], inferred.get(name))
         for name, training in recipe.train.items()
     )
     cells = len(recipe.train) * len(recipe.seeds)
@@ -65,40 +74,76 @@ def posteriors(recipe: Recipe, data: DataSet) -> list[str]:
     return lines
 
 
-def _training(recipe: Recipe, name: str, samples: int, step: float) -> float:
+def _inference(
+    settings: Variational,
+    model: nn.Module,
+    size: int,
+    epochs: int,
+    data: DataSet,
+    here: Accelerator,
+) -> float:
+    """Return the seconds that a variational training takes, with its Bayesian predictions."""
+    field = MeanField(model, len(data.train), prior=settings.prior).train()
+    step = _step_seconds(field, size, data, here)
+    predictions = settings.draws * len(data.test) / 3  # a forward pass is a third of a step
+    return step * (epochs * math.ceil(len(data.train) / size) + predictions / size)
+
+
+def _training(
+    recipe: Recipe, name: str, samples: int, step: float, inferred: float | None = None
+) -> float:
     """Return the seconds that one seed of a training takes, with what is pruned of it."""
     config = recipe.train[name]
-    seconds = config.epochs * step * math.ceil(samples / config.batch_size)
-    if config.method == "spam":
-        seen = min(config.curvature.samples or samples, samples)
-        updates = config.epochs / config.evidence.every
-        seconds += updates * step * math.ceil(seen / config.batch_size)
+    seconds = inferred or config.epochs * step * math.ceil(samples / config.batch_size)
+    seconds += step * _evidence_batches(config, samples, config.batch_size)
+    if (schedule := config.online or config.gradual) is not None:  # each cut fits a posterior
+        cuts = len(schedule.shares(config.epochs))
+        seconds += cuts * step * math.ceil(samples / config.batch_size)
     for experiment in recipe.prune:
         tune = experiment.finetune
         if tune is None:
             continue
+        if experiment.trainings is not None and name not in experiment.trainings:
+            continue
+        epochs = tune.epochs
         if isinstance(experiment, Structured):
-            skipped = experiment.trainings is not None and name not in experiment.trainings
-            networks = 0 if skipped else len(experiment.targets)
-            networks *= 2 if experiment.scratch is not None else 1
+            networks = len(experiment.targets)
+            epochs += experiment.scratch_epochs(config)
+        elif isinstance(experiment, SemiStructured):
+            networks = 1
         else:
             networks = len(experiment.sparsities)
         batches = math.ceil(samples / tune.batch_size) * tune.batch_size / config.batch_size
-        seconds += len(experiment.criteria) * networks * tune.epochs * batches * step
+        taught = 4 / 3 if tune.distil is not None else 1  # a teacher's forward pass
+        batches = epochs * batches * taught
+        batches += _evidence_batches(tune, samples, config.batch_size)
+        seconds += len(experiment.criteria) * networks * batches * step
     return seconds
 
 
-def _step_seconds(model: nn.Module, size: int, data: DataSet, device: torch.device) -> float:
+def _evidence_batches(settings: Training, samples: int, size: int) -> float:
+    """Return how many batches of ``size`` the evidence updates of a training see."""
+    if settings.method != "spam":
+        return 0
+    seen = min(settings.curvature.samples or samples, samples)
+    return settings.epochs / settings.evidence.every * math.ceil(seen / size)
+
+
+def _step_seconds(model: nn.Module, size: int, data: DataSet, here: Accelerator) -> float:
     """Return the seconds of one forward and backward pass on a batch."""
     inputs, targets = next(iter(data.train.loader(size, seed=0)))
-    inputs, targets = inputs.to(device), targets.to(device)
+    inputs, targets = inputs.to(here.device), targets.to(here.device)
     started = 0.0
     for i in range(1 + _TIMED):
         if i == 1:  # the first pass sets things up
             started = time.perf_counter()
-        F.cross_entropy(model(inputs), targets).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        with here.autocast():
+            loss = F.cross_entropy(model(inputs), targets)
+        if isinstance(model, MeanField):
+            loss = loss + model.penalty()
+        loss.backward()
+        if here.device.type == "cuda":
+            torch.cuda.synchronize(here.device)
     return (time.perf_counter() - started) / _TIMED
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from spamprune.bayes.curvature import CurvatureMethod
 from spamprune.bayes.spam import SpaM
+from spamprune.engine.objective import likelihood_of
+from spamprune.recipe.schema import Training
+from spamprune.report.results import Reduced
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,12 @@ class Tuned:
     Attributes:
         log_evidence: In nats, after it.
         log_precision: Mean log δ of each parameter tensor, in the model's order.
+        reduced: What Bayesian model reduction pruned, if it did.
     """
 
     log_evidence: float
     log_precision: list[float]
+    reduced: Reduced | None = None
 
 
 class Method(Protocol):
@@ -73,3 +79,40 @@ class ByPrior:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore the prior."""
         self.spam.load_state_dict(state)
+
+
+def spam_of(
+    settings: Training,
+    model: nn.Module,
+    samples: int,
+    seed: int,
+    masks: Mapping[str, Tensor] | None = None,
+) -> SpaM:
+    """Return the prior of a network that is trained, or trained further, as settings say.
+
+    Args:
+        settings: A recipe's.
+        model: The network.
+        samples: Of its training data.
+        seed: Of what the curvature draws.
+        masks: Of weights that are pruned.
+    """
+    evidence, tuned = settings.evidence, settings.method == "spam"
+    return SpaM(
+        model,
+        samples,
+        prior=settings.prior.structure,
+        curvature=CurvatureMethod(**settings.curvature.model_dump()),
+        likelihood=likelihood_of(settings.loss),
+        precision=settings.prior.precision,
+        temperature=settings.temperature,
+        burn_in=evidence.burn_in if tuned else None,
+        every=evidence.every,
+        last=evidence.last,
+        update=evidence.update if tuned else "adam",
+        steps=evidence.steps,
+        lr=evidence.lr,
+        damping=evidence.damping,
+        seed=seed,
+        masks=masks,
+    )

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from spamprune.recipe.schema import Recipe
+from spamprune.recipe.schema import Recipe, Structured
 from spamprune.report.results import EpochRecord
 
 
@@ -77,5 +77,8 @@ class Progress:
         if stage == "train":
             return self._recipe.train[training].epochs
         index = int(stage.removeprefix("prune").partition("-")[0])
-        finetune = self._recipe.prune[index].finetune
+        experiment = self._recipe.prune[index]
+        if isinstance(experiment, Structured) and stage.endswith(".scratch"):
+            return experiment.scratch_epochs(self._recipe.train[training])
+        finetune = experiment.finetune
         return finetune.epochs if finetune is not None else 0

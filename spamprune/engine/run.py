@@ -9,19 +9,23 @@ from pathlib import Path
 from rich.console import Console
 
 from spamprune import models
+from spamprune.bayes.parameters import named_parameters
 from spamprune.data import DataSet
 from spamprune.engine import parallel
-from spamprune.engine.bench import create_model, load_data
-from spamprune.engine.cell import run_cell
+from spamprune.engine.bench import initial_model, load_data
+from spamprune.engine.cell import accelerator, run_cell
 from spamprune.engine.filters import filter_banks
 from spamprune.engine.forecast import forecast, in_words, posteriors
+from spamprune.engine.objective import check_loss
 from spamprune.engine.parallel import Key
 from spamprune.engine.progress import Progress
+from spamprune.engine.variational import check_reduction
 from spamprune.errors import OutputError
 from spamprune.files import write_tensors, write_text
 from spamprune.pruning.plan import Target, check_reachable
+from spamprune.pruning.semi_structured import semi_structured_masks
 from spamprune.recipe import dump, fingerprint, load
-from spamprune.recipe.schema import Recipe, Structured
+from spamprune.recipe.schema import Recipe, SemiStructured, Structured
 from spamprune.report import measure, page
 from spamprune.report.results import Cell, Results, write_results
 
@@ -69,7 +73,7 @@ def run(
         name=recipe.name,
         description=recipe.description,
         data=_about(data),
-        environment=measure.environment() | {"threads": str(recipe.threads)},
+        environment=measure.environment() | _arithmetic(recipe),
         train_seconds=sum(cell.train_seconds for cell in cells.values()),
         cells=[cells[key] for key in keys],
     )
@@ -83,14 +87,28 @@ def run(
 
 def _preflight(recipe: Recipe, data: DataSet) -> None:
     """Raise for whatever an untrained network already shows to be impossible."""
-    model = create_model(recipe, recipe.seeds[0])
+    model = initial_model(recipe, recipe.seeds[0])
     models.check_fits(model, data.shape, data.classes)
     data.train.loader(1, seed=0, augment=recipe.data.augment)
+    tunings = [experiment.finetune for experiment in recipe.prune]
+    for stage in (*recipe.train.values(), *filter(None, tunings)):
+        check_loss(stage.loss, data.shape)
     inputs, _ = next(iter(data.test.loader(1)))
+    for training in recipe.train.values():
+        if training.gradual is not None:
+            target = Target(**training.gradual.target.model_dump())
+            check_reachable(model, inputs, [target], **training.gradual.choices())
+        settings = training.inference()
+        if settings is not None and settings.reduction is not None:
+            check_reduction(model)
     for experiment in recipe.prune:
         if isinstance(experiment, Structured):
-            targets = [Target(**target.model_dump()) for target in experiment.targets]
+            asked = [t for t in experiment.targets if t.evidence is None]  # that is always met
+            targets = [Target(**target.model_dump()) for target in asked]
             check_reachable(model, inputs, targets, **experiment.choices())
+        if isinstance(experiment, SemiStructured):
+            anything = {n: p.detach() for n, p in named_parameters(model).items()}
+            semi_structured_masks(model, anything, n=experiment.n, m=experiment.m)
 
 
 def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
@@ -129,6 +147,12 @@ def _run_all(recipe: Recipe, out: Path, keys: list[Key], jobs: int) -> dict[Key,
             cells[training, seed] = run_cell(recipe, training, seed, out, report)
             progress.cell_done(training, seed)
         return cells
+
+
+def _arithmetic(recipe: Recipe) -> dict[str, str]:
+    mixed = accelerator(recipe.arithmetic).mixed_precision
+    precision = {"no": "fp32"}.get(mixed, mixed)
+    return {"threads": str(recipe.threads), "precision of training": precision}
 
 
 def _about(data: DataSet) -> dict[str, object]:

@@ -7,11 +7,16 @@ from functools import partial
 
 import torch
 
-from spamprune import artifact, scores
+from spamprune import artifact
+from spamprune.engine.automatic import evidence_of
 from spamprune.engine.bench import Bench, create_model
-from spamprune.engine.subject import Subject, finetune_on
+from spamprune.engine.subject import Subject, train_on
 from spamprune.pruning import compaction, plan
-from spamprune.recipe.schema import FineTune, Structured
+from spamprune.pruning.block import BlockOPD
+from spamprune.pruning.compensation import compensate
+from spamprune.pruning.recalibrate import recalibrate
+from spamprune.pruning.units import Scores
+from spamprune.recipe.schema import BLOCK_OPD, FineTune, Structured, Target
 from spamprune.report.results import Compacted, Quality
 
 #: Inputs on which a compacted network is compared with its masked original.
@@ -27,9 +32,9 @@ def run(subject: Subject) -> Iterator[Compacted]:
         if experiment.trainings is not None and bench.training not in experiment.trainings:
             continue
         for criterion in experiment.criteria:
-            values = subject.scores(criterion)
+            values = _scores(subject, criterion)
             for wanted in experiment.targets:
-                target = plan.Target(**wanted.model_dump())
+                target = _target(subject, wanted)
                 name = "prune{}-{}-{}-{}{}".format(
                     index, criterion, experiment.ranking, *target.named()
                 )
@@ -40,29 +45,49 @@ def run(subject: Subject) -> Iterator[Compacted]:
                 )
 
 
+def _target(subject: Subject, wanted: Target) -> plan.Target:
+    if wanted.evidence is not None:
+        return plan.Target(evidence=evidence_of(subject))
+    return plan.Target(**wanted.model_dump())
+
+
+def _scores(subject: Subject, criterion: str) -> Scores:
+    """Return what units are ranked by."""
+    if criterion == BLOCK_OPD:
+        return BlockOPD(subject.model, subject.posterior)
+    return subject.scores(criterion)
+
+
 def _compact(
     subject: Subject,
     experiment: Structured,
     index: int,
     criterion: str,
-    values: scores.Scores,
+    values: Scores,
     target: plan.Target,
     name: str,
 ) -> Compacted:
     bench, model = subject.bench, subject.model
     example = bench.example()
     chosen = plan.plan(model, example, values, target, **experiment.choices())
-    small = compaction.apply(model, chosen)
-    residual = compaction.verify(model, small, chosen, bench.example(VERIFY_BATCH))
+    full = compensate(model, chosen, subject.posterior) if experiment.compensate else model
+    small = compaction.apply(full, chosen)
+    residual = compaction.verify(full, small, chosen, bench.example(VERIFY_BATCH))
+    if experiment.recalibrate:
+        recalibrate(small, bench.data.train.loader(bench.config.batch_size, seed=bench.seed))
     before = bench.quality(small, bench.data.test)
     after, scratch = None, None
     if experiment.finetune is not None:
         if experiment.scratch is not None:
-            anew = experiment.finetune.model_copy(update={"optimiser": experiment.scratch})
+            epochs = experiment.scratch_epochs(bench.config)
+            # a fresh network has no statistics to freeze
+            anew = experiment.finetune.model_copy(
+                update={"optimiser": experiment.scratch, "epochs": epochs, "norms": "train"}
+            )
             scratch = bench.once(
                 f"{name}.scratch", Quality, partial(_from_scratch, bench, chosen, anew, name)
             )
-        finetune_on(bench, small, experiment.finetune, f"{name}.finetune")
+        subject.finetune(small, experiment.finetune, f"{name}.finetune")
         after = bench.quality(small, bench.data.test)
     folder = bench.folder / name
     artifact.save(
@@ -72,6 +97,7 @@ def _compact(
     return Compacted(
         experiment=index,
         criterion=criterion,
+        compensated=experiment.compensate,
         ranking=experiment.ranking,
         target=chosen.target,
         achieved=chosen.achieved,
@@ -95,5 +121,5 @@ def _from_scratch(bench: Bench, chosen: compaction.Plan, training: FineTune, nam
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
-    finetune_on(bench, shaped, training, f"{name}.scratch")
+    train_on(bench, shaped, training, f"{name}.scratch")
     return bench.quality(shaped, bench.data.test)

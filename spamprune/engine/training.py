@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import nn
 
-from spamprune.bayes.curvature import CurvatureMethod
 from spamprune.bayes.posterior import Posterior, load_posterior
 from spamprune.bayes.spam import SpaM
 from spamprune.engine.bench import Bench
 from spamprune.engine.fit import Job, fit
-from spamprune.engine.methods import ByPrior
-from spamprune.report.results import EpochRecord
+from spamprune.engine.gradual import fit_gradually
+from spamprune.engine.methods import ByPrior, spam_of
+from spamprune.engine.online import Cuts
+from spamprune.engine.variational import train_field
+from spamprune.report.results import EpochRecord, GradualCut, Inference, OnlineCut
 
 
 @dataclass(frozen=True)
@@ -24,56 +27,56 @@ class Trained:
         model: The network, trained in place unless its training replaced it.
         posterior: Around its weights.
         history: One record per epoch.
+        online: What masks that grew during training came to.
+        gradual: What the removal of units during training came to.
+        inference: What mean-field inference gives besides.
     """
 
     model: nn.Module
     posterior: Posterior
     history: list[EpochRecord]
+    online: list[OnlineCut] = field(default_factory=list)
+    gradual: list[GradualCut] = field(default_factory=list)
+    inference: Inference | None = None
 
 
 def train(bench: Bench, model: nn.Module) -> Trained:
     """Train ``model`` as its cell says, and fit its posterior; resumes in both."""
-    data = bench.data.train
-    spam = spam_for(bench, model)
-    history = fit(model, ByPrior(spam), job_for(bench), bench.accelerator, recorder(bench))
+    config, job, note = bench.config, job_for(bench), recorder(bench)
+    settings = config.inference()
+    if settings is not None:
+        posterior, history, inference = train_field(bench, settings, model, job, note)
+        return Trained(model, posterior, history, inference=inference)
+    online: list[OnlineCut] = []
+    gradual: list[GradualCut] = []
+    if config.gradual is not None:
+        prior_of = partial(spam_for, bench)
+        shrunk = fit_gradually(bench, config.gradual, model, prior_of, job, note)
+        model, spam, history, gradual = shrunk.model, shrunk.spam, shrunk.history, shrunk.cuts
+    elif config.online is not None:
+        spam = spam_for(bench, model)
+        cuts = Cuts(bench, config.online, model, spam)
+        job = replace(job, masks=cuts.masks, after_epoch=cuts.after_epoch)
+        history = fit(model, ByPrior(spam), job, bench.accelerator, note)
+        online = cuts.records()
+    else:
+        spam = spam_for(bench, model)
+        history = fit(model, ByPrior(spam), job, bench.accelerator, note)
     path = bench.folder / "posterior.safetensors"
     if not path.exists():
-        spam.posterior(data.loader(bench.config.batch_size)).save(path)
-    return Trained(model, load_posterior(path), history)
+        spam.posterior(bench.data.train.loader(config.batch_size)).save(path)
+    return Trained(model, load_posterior(path), history, online, gradual)
 
 
 def spam_for(bench: Bench, model: nn.Module) -> SpaM:
     """Return the prior of a cell's network."""
-    config = bench.config
-    evidence, tuned = config.evidence, config.method == "spam"
-    return SpaM(
-        model,
-        len(bench.data.train),
-        prior=config.prior.structure,
-        curvature=CurvatureMethod(**config.curvature.model_dump()),
-        precision=config.prior.precision,
-        temperature=config.temperature,
-        burn_in=evidence.burn_in if tuned else None,
-        every=evidence.every,
-        last=evidence.last,
-        update=evidence.update if tuned else "adam",
-        steps=evidence.steps,
-        lr=evidence.lr,
-        damping=evidence.damping,
-        seed=bench.seed,
-    )
+    return spam_of(bench.config, model, len(bench.data.train), bench.seed)
 
 
 def job_for(bench: Bench) -> Job:
     """Return what a cell's network is trained on."""
-    config = bench.config
-    return Job(
-        train=bench.data.train,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        optimiser=config.optimiser,
-        seed=bench.seed,
-        augment=bench.recipe.data.augment,
+    return replace(
+        bench.job(bench.config),
         validation=bench.data.validation,
         checkpoint=bench.folder / "checkpoint.safetensors",
     )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from spamprune import artifact, scores
-from spamprune.engine.subject import Subject, finetune_on
+from spamprune.engine.automatic import masks_by_evidence
+from spamprune.engine.subject import Subject
 from spamprune.pruning import cost, masks
 from spamprune.recipe.schema import Unstructured
 from spamprune.report.results import Masked
@@ -19,10 +20,14 @@ def run(subject: Subject) -> Iterator[Masked]:
     for index, experiment in enumerate(bench.recipe.prune):
         if not isinstance(experiment, Unstructured):
             continue
+        if experiment.trainings is not None and bench.training not in experiment.trainings:
+            continue
         for criterion in experiment.criteria:
             values = subject.scores(criterion)
-            for sparsity in experiment.sparsities:
-                name = f"prune{index}-{criterion}-{sparsity}"
+            by_evidence = [None] if experiment.target == "evidence" else []
+            for sparsity in [*experiment.sparsities, *by_evidence]:
+                goal = "evidence" if sparsity is None else sparsity
+                name = f"prune{index}-{criterion}-{goal}"
                 yield bench.once(
                     name,
                     Masked,
@@ -36,29 +41,35 @@ def _mask(
     index: int,
     criterion: str,
     values: scores.Scores,
-    sparsity: float,
+    sparsity: float | None,
     name: str,
 ) -> Masked:
-    bench = subject.bench
-    chosen = _choose(subject, experiment, criterion, values, sparsity)
+    """Prune to a sparsity, or where there is none, to that of most evidence."""
+    bench, found = subject.bench, None
+    if sparsity is None:
+        chosen, found = masks_by_evidence(subject, _comparable(experiment, values))
+    else:
+        chosen = _choose(subject, experiment, criterion, values, sparsity)
+    achieved = masks.sparsity_of(chosen)
     pruned = copy.deepcopy(subject.model)
     masks.apply_masks(pruned, chosen)
     before, after = bench.quality(pruned, bench.data.test), None
     if experiment.finetune is not None:
-        finetune_on(bench, pruned, experiment.finetune, f"{name}.finetune", chosen)
+        subject.finetune(pruned, experiment.finetune, f"{name}.finetune", chosen)
         after = bench.quality(pruned, bench.data.test)
     folder = bench.folder / name
     artifact.save(
         pruned,
         folder,
         preprocessing=bench.data.preprocessing,
-        extra={"sparsity": sparsity, "criterion": criterion},
+        extra={"sparsity": achieved, "criterion": criterion},
     )
     return Masked(
         experiment=index,
         criterion=criterion,
-        requested=sparsity,
-        achieved=masks.sparsity_of(chosen),
+        requested=achieved if sparsity is None else sparsity,
+        achieved=achieved,
+        chosen=found,
         nonzero=cost.nonzero(pruned),
         pruned=before,
         finetuned=after,
@@ -74,15 +85,15 @@ def _choose(
     sparsity: float,
 ) -> masks.Masks:
     """Return masks of the sparsity, at once or in rounds."""
-
-    def comparable(scored: scores.Scores) -> scores.Scores:
-        return masks.lamp(scored) if experiment.threshold == "lamp" else scored
-
     if experiment.rounds == 1:
-        return masks.global_masks(comparable(values), sparsity)
+        return masks.global_masks(_comparable(experiment, values), sparsity)
     return masks.iterative_masks(
         subject.model,
-        lambda model: comparable(subject.scores(criterion, model)),
+        lambda model: _comparable(experiment, subject.scores(criterion, model)),
         sparsity,
         rounds=experiment.rounds,
     )
+
+
+def _comparable(experiment: Unstructured, scored: scores.Scores) -> scores.Scores:
+    return masks.lamp(scored) if experiment.threshold == "lamp" else scored

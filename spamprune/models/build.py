@@ -32,7 +32,7 @@ PLACEMENT = frozenset(
 _ATTRIBUTE = "spamprune_source"
 
 # the modules of this package that register networks with timm
-OURS = ("cifar", "classic", "fixup", "patches")
+OURS = ("bmr", "cifar", "classic", "fixup", "patches")
 
 
 @dataclass(frozen=True)

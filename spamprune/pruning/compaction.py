@@ -18,7 +18,7 @@ from spamprune.errors import PruningError, nearest
 from spamprune.modules import evaluation_mode
 from spamprune.pruning.units import Kind
 
-Ranking = Literal["uniform", "global", "isomorphic"]
+Ranking = Literal["uniform", "global", "per_cost", "isomorphic"]
 Number = int | float
 _DATA = ConfigDict(extra="forbid")
 

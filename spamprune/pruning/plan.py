@@ -37,7 +37,9 @@ def plan(
 
     ``uniform`` removes ``int(ratio · n)`` of the n units of each layer (the paper's); ``global``
     lets all units compete by importance, ``isomorphic`` those of groups that hold the same kinds of
-    layers (Fang et al. 2024). A budget is met by the mildest pruning that fits it. The pruned
+    layers (Fang et al. 2024), ``per_cost`` all by importance over what the layer's first unit saves
+    of the budget's cost (of the MACs for a latency): the greedy answer to a knapsack. A budget is
+    met by the mildest pruning that fits it. The pruned
     network is tried on ``example``: a group without whose units it fails is left whole, and the
     plan's notes say so. Whether the numbers are right is for :func:`verify` to say.
 
@@ -127,5 +129,5 @@ def check_reachable(
     candidates, more = find(model, traced, found, anything, min_units, round_to, ratios or {})
     _check_any(model, candidates, [*notes, *more])
     for target in targets:
-        if target.ratio is None:
+        if target.ratio is None and target.evidence is None:
             Search(model, example, traced, candidates, ranking, target).check_floor()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from spamprune.errors import PruningError
@@ -14,7 +15,9 @@ from spamprune.pruning.assemble import assemble
 from spamprune.pruning.axes.axis import Axis
 from spamprune.pruning.axes.trace import Trace
 from spamprune.pruning.candidates import Candidate, Counts
-from spamprune.pruning.compaction import Plan, Ranking, apply
+from spamprune.pruning.compaction import Plan, Ranking, apply, masked
+from spamprune.pruning.evidence import STEPS, Evidence, choose
+from spamprune.pruning.masks import Masks
 from spamprune.pruning.target import Target
 
 #: A plan that ends further below its budget than this, relatively, says so in its notes.
@@ -36,8 +39,8 @@ class Search:
     ):
         self.model, self.example, self.traced = model, example, traced
         self.candidates, self.target = candidates, target
-        self.order = _order(candidates, ranking)
         self.ranking = ranking
+        self.order = _order(candidates, ranking, self._savings())
         self.notes: list[str] = []
 
     def run(self) -> tuple[Counts, float]:
@@ -53,6 +56,8 @@ class Search:
                     f"ratio {wanted} removes no unit: its layers are too narrow for it"
                 )
             return counts, achieved
+        if self.target.evidence is not None:
+            return self._most_evidence(self.target.evidence)
         achieved = self.check_floor()
         low, high = -1, len(self.order)
         while high - low > 1:
@@ -63,8 +68,56 @@ class Search:
             else:
                 low = middle
         counts = self.counts(high)
+        if achieved < wanted * (1 - TOLERANCE) and self.ranking != "uniform":
+            counts, achieved = self._give_back(high, wanted)
         if achieved < wanted * (1 - TOLERANCE):
             self.notes.append(f"{key}: {achieved:.4f} is the nearest step below {wanted}")
+        return counts, achieved
+
+    def _most_evidence(self, evidence: Evidence) -> tuple[Counts, float]:
+        """Return the removal of most evidence along the order, and how much it gains in nats."""
+
+        def prune(taken: int) -> tuple[nn.Module, Masks]:
+            plan = self._chosen(self.counts(taken)).plan(None)
+            masks = {n: torch.ones_like(s, dtype=torch.bool) for n, s in evidence.shares.items()}
+            for cut in plan.cuts:
+                if cut.tensor in masks:
+                    masks[cut.tensor].index_fill_(cut.dim, torch.tensor(cut.gone), False)
+            return masked(self.model, plan), masks
+
+        low, high = 0, len(self.order) + 1
+        while high - low > 1:  # as long as no fewer weights are left than the data determine
+            middle = (low + high) // 2
+            left = self._cost(kept(self.candidates, self.counts(middle)))
+            low, high = (middle, high) if left >= evidence.effective else (low, middle)
+        steps = dict.fromkeys(round(j * low / STEPS) for j in range(STEPS + 1))
+        choice = choose(evidence, list(steps), prune)
+        self.notes += choice.notes
+        return self.counts(choice.step), choice.change
+
+    def _chosen(self, counts: Counts) -> Chosen:
+        return Chosen(
+            self.model, self.traced, self.candidates, counts, self.ranking, self.target, 0
+        )
+
+    def _give_back(self, taken: int, wanted: float) -> tuple[Counts, float]:
+        """Return the mildest removal where the last unit taken overshot the budget by far.
+
+        Its layer loses what it must, and of what went before it from the other layers the best
+        comes back. So a costly unit does not cost all the cheap ones that were tried in its stead.
+        """
+        _, layer = self.order[taken - 1]
+        least = sum(i == layer for _, i in self.order[:taken])
+        low, high = -1, taken
+        counts, achieved = self.counts(taken), self.remaining(self.counts(taken))
+        while high - low > 1:
+            middle = (low + high) // 2
+            milder = self.counts(middle, {layer: least})
+            remaining = self.remaining(milder)
+            if remaining <= wanted:
+                high, counts, achieved = middle, milder, remaining
+            else:
+                low = middle
         return counts, achieved
 
     def check_floor(self) -> float:
@@ -78,11 +131,18 @@ class Search:
             )
         return floor
 
-    def counts(self, taken: int) -> Counts:
-        """Return how many units go from each layer when the first ``taken`` of the order do."""
+    def counts(self, taken: int, least: Mapping[int, int] | None = None) -> Counts:
+        """Return how many units go from each layer when the first ``taken`` of the order do.
+
+        Args:
+            taken: How many steps of the order.
+            least: Candidate → how many steps it takes at least.
+        """
         wanted = dict.fromkeys(range(len(self.candidates)), 0)
         for _, i in self.order[:taken]:
             wanted[i] += 1
+        for i, steps in (least or {}).items():
+            wanted[i] = max(wanted[i], steps)
         counts: Counts = {}
         for i, c in enumerate(self.candidates):
             steps = wanted[i] if c.ratio is None else int(c.ratio * c.steps + SLACK)
@@ -100,12 +160,20 @@ class Search:
         key, _ = self.target.named()
         if key != "latency":
             return self._cost(kept(self.candidates, counts)) / self._dense
-        wanted = Chosen(
-            self.model, self.traced, self.candidates, counts, self.ranking, self.target, 0
-        )
-        small = apply(self.model, wanted.plan(None))
+        small = apply(self.model, self._chosen(counts).plan(None))
         # both are timed each time, since machines slow down and recover
         return cost.latency(small, self.example) / cost.latency(self.model, self.example)
+
+    def _savings(self) -> list[float]:
+        """Return what the first step of each candidate saves of the dense network's cost."""
+        if self.ranking != "per_cost" or self.target.ratio is not None:
+            return [1.0] * len(self.candidates)  # the cost of a unit is one unit
+        savings = []
+        for c in self.candidates:
+            step = {m.group.layer: m.per_step for m in c.members}
+            saved = self._dense - self._cost(kept([c], step))
+            savings.append(saved or SLACK)  # what saves nothing goes last
+        return savings
 
     @cached_property
     def _dense(self) -> int:
@@ -122,16 +190,19 @@ class Search:
 
     def _cost(self, left: Mapping[Axis, int]) -> int:
         """Return what the network costs where axes keep what is ``left``."""
-        if self.target.macs is not None:
+        if self.target.macs is not None or self.target.latency is not None:
             return self.traced.macs(left)
         return sum(self.traced.numel(name, left) * n for name, n in self._weights.items())
 
 
-def _order(candidates: Sequence[Candidate], ranking: Ranking) -> list[tuple[float, int]]:
+def _order(
+    candidates: Sequence[Candidate], ranking: Ranking, savings: Sequence[float]
+) -> list[tuple[float, int]]:
     """Return ``(priority, candidate)`` in the order in which units are removed, worst first.
 
-    The priority is the importance for a global ranking, the fraction of its layer that is gone
-    with the unit for a uniform one, the fraction of its kind of group for an isomorphic one.
+    The priority is the importance for a global ranking, divided by what the unit saves for one per
+    cost, the fraction of its layer that is gone with the unit for a uniform one, the fraction of
+    its kind of group for an isomorphic one.
     """
     entries: list[tuple[float, int]] = []
     for i, c in enumerate(candidates):
@@ -139,7 +210,7 @@ def _order(candidates: Sequence[Candidate], ranking: Ranking) -> list[tuple[floa
             continue
         steps = c.steps
         entries += [
-            (value if ranking != "uniform" else (rank + 1) / steps, i)
+            (value / savings[i] if ranking != "uniform" else (rank + 1) / steps, i)
             for rank, value in enumerate(c.importance.tolist()[: c.most])
         ]
     entries.sort()

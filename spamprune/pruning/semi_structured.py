@@ -1,4 +1,4 @@
-"""2:4 sparsity: in each four weights along the input dimension, two are zero."""
+"""N:M sparsity: of each M weights along the input dimension N stay; GPUs compute with 2:4."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from spamprune.pruning.masks import Masks, check_numbers
 
 
 def semi_structured_masks(
-    model: nn.Module, scores: Mapping[str, Tensor]
+    model: nn.Module, scores: Mapping[str, Tensor], *, n: int = 2, m: int = 4
 ) -> tuple[Masks, list[str]]:
-    """Return masks that keep the two best-scored of each four weights of every matrix.
+    """Return masks that keep the ``n`` best-scored of each ``m`` weights of every matrix.
 
     Matrices are the weights of linear layers and convolutions and the input projections of
-    ``nn.MultiheadAttention``. Fours follow each other along the input dimension, in a convolution
+    ``nn.MultiheadAttention``. Groups follow each other along the input dimension, in a convolution
     along its flattened (in, kh, kw): the layout of torch's semi-structured tensors. Of equal scores
     the earlier goes. All other parameters are kept.
 
     Args:
         model: The network.
         scores: A score for every trainable parameter, by name.
+        n: How many weights of a group stay, fewer than ``m``.
+        m: How many weights a group has.
 
     Returns:
         Boolean tensors shaped like the scores, True where a weight stays, and notes on the matrices
@@ -34,8 +36,10 @@ def semi_structured_masks(
 
     Raises:
         PosteriorError: The scores do not fit the network.
-        PruningError: A score is not a number, or no matrix has inputs in fours.
+        PruningError: A score is not a number, or no matrix has inputs in groups of ``m``.
     """
+    if not 0 < n < m:
+        raise PruningError(f"{n}:{m} is no pattern: give 0 < n < m, such as 2 of 4")
     check_shapes(model, scores, "the set of scores")
     check_numbers(scores)
     masks = {name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
@@ -43,16 +47,16 @@ def semi_structured_masks(
     notes = []
     for name in matrices:
         inputs = scores[name][0].numel()
-        if inputs % 4:
-            notes.append(f"{name}: left whole: {inputs} inputs are no multiple of four")
+        if inputs % m:
+            notes.append(f"{name}: left whole: {inputs} inputs are no multiple of {m}")
             continue
-        fours = scores[name].reshape(-1, 4)
-        worst = fours.argsort(dim=1, stable=True)[:, :2]
-        keep = torch.ones_like(fours, dtype=torch.bool).scatter_(1, worst, value=False)
+        groups = scores[name].reshape(-1, m)
+        worst = groups.argsort(dim=1, stable=True)[:, : m - n]
+        keep = torch.ones_like(groups, dtype=torch.bool).scatter_(1, worst, value=False)
         masks[name] = keep.view(scores[name].shape)
     if len(notes) == len(matrices):
         why = "; ".join(notes) or "it has no trainable linear layers or convolutions"
-        raise PruningError(f"nothing of {type(model).__name__} can be made 2:4 sparse: {why}")
+        raise PruningError(f"nothing of {type(model).__name__} can be made {n}:{m} sparse: {why}")
     return masks, notes
 
 

@@ -9,14 +9,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from spamprune.files import write_text
-from spamprune.report import plots
+from spamprune.report import panels, plots, schedules
 from spamprune.report.merge import Measured, Merged, measured, merge
+from spamprune.report.patterns import Pattern, patterns
 from spamprune.report.plots import METRICS
-from spamprune.report.results import Masked, Quality
+from spamprune.report.results import Masked, Patterned, Quality
 from spamprune.report.summary import (
     Family,
     Spread,
     Stage,
+    criterion_of,
     families,
     masked_series,
     spread,
@@ -89,12 +91,20 @@ def _series(
 
 
 def _figures(merged: Merged) -> Iterator[tuple[str, str]]:
+    if any(cell.history for cell in merged.results.cells):
+        yield "training.svg", plots.training_curves(merged.results)
     for experiment in unstructured_experiments(merged.results):
         for stage in _stages(merged, experiment):
             name = f"sparsity-{experiment}-{stage}.svg"
             yield name, plots.sparsity_curves(merged.results, experiment, stage)
+        for name, drawing, _ in panels.figures(merged.results, experiment):
+            yield f"{name}-{experiment}.svg", drawing
     for experiment in sorted({family.experiment for family in families(merged.results)}):
         yield f"cost-{experiment}.svg", plots.cost_accuracy(merged.results, experiment)
+    if schedules.online_steps(merged.results):
+        yield "online.svg", schedules.online_curves(merged.results)
+    if schedules.gradual_steps(merged.results):
+        yield "gradual.svg", schedules.gradual_curves(merged.results)
 
 
 # ---- Markdown -----------------------------------------------------------------------------------
@@ -120,6 +130,10 @@ def _markdown(merged: Merged, figures: Sequence[str]) -> Iterator[str]:
             for metric, label in METRICS.items():
                 yield f"{label} at sparsity:\n"
                 yield _masked_table(merged, experiment, stage, metric)
+    sparse = patterns(merged.results)
+    for experiment in dict.fromkeys(pattern.experiment for pattern in sparse):
+        yield f"## Semi-structured, accuracy / % (`{merged.origins[experiment]}`)\n"
+        yield _patterns_table(merged, [p for p in sparse if p.experiment == experiment])
     shown = families(merged.results)
     for experiment in sorted({family.experiment for family in shown}):
         yield f"## Structured, accuracy / % (`{merged.origins[experiment]}`)\n"
@@ -160,11 +174,16 @@ def _cells(merged: Merged, training: str) -> list[str]:
 
 
 def _hessian(merged: Merged, training: str) -> str:
+    if merged.methods[training].train.method == "variational":
+        return "Mean field"
     return {"diag": "Diag", "kron": "KFAC"}[merged.methods[training].train.curvature.structure]
 
 
 def _prior(merged: Merged, training: str) -> str:
     train = merged.methods[training].train
+    settings = train.inference()
+    if settings is not None:
+        return settings.prior
     return "MAP" if train.method == "map" else train.prior.structure
 
 
@@ -247,6 +266,24 @@ def _compacted_table(merged: Merged, shown: Sequence[Family]) -> str:
     return _table([*head, *stages, "Parameters", "MACs", "Bytes", "Fewer MACs"], rows)
 
 
+def _patterns_table(merged: Merged, shown: Sequence[Pattern]) -> str:
+    """Return the table of a semi-structured experiment; the best of each pattern is bold."""
+    rows = []
+    for pattern in dict.fromkeys(p.pattern for p in shown):
+        group = [p for p in shown if p.pattern == pattern]
+        stages: tuple[Stage, ...] = ("pruned", "finetuned")
+        columns = [_marked([p.accuracy(stage) for p in group], "accuracy") for stage in stages]
+        rows += [
+            [
+                *(pattern, p.criterion, *_cells(merged, p.training), str(len(p.members))),
+                *(f"{p.zeros().mean:.1f}", plus_minus(p.dense_accuracy(), 2), *column),
+            ]
+            for p, *column in zip(group, *columns, strict=True)
+        ]
+    head = ["Pattern", "Criterion", *_heads(merged), "Seeds", "Zero weights / %", "Unpruned"]
+    return _table([*head, "Just pruned", "Fine-tuned"], rows)
+
+
 def _marked(column: Sequence[Spread | None], metric: str) -> list[str]:
     """Return a column as text: the best bold, and a dagger at what it is not told apart from."""
     sign = 1 if metric == "accuracy" else -1
@@ -316,9 +353,15 @@ def _note_pruned(lines: _Lines, record: Measured, origin: str) -> None:
         "experiment": origin,
         "criterion": record.criterion,
     }
-    if isinstance(record, Masked):
+    if isinstance(record, Masked) and record.chosen is not None:
+        key["target"] = "evidence"
+        _add(lines, {**key, "metric": "sparsity"}, record.achieved)
+    elif isinstance(record, Masked):
         key["sparsity_pct"] = f"{100 * record.requested:.6g}"
+    elif isinstance(record, Patterned):
+        key["target"] = record.pattern
     else:
+        key["criterion"] = criterion_of(record)
         key |= {"ranking": record.ranking, "target": target(record.target)}
         for field in _COSTS:
             _add(lines, {**key, "metric": field}, getattr(record.size, field))

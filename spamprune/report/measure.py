@@ -32,8 +32,8 @@ def quality(
 
     Returns:
         Accuracy in percent, mean negative log likelihood in nats, expected calibration error
-        (l1, of the most probable class; torchmetrics' binning) in 0..1, and Brier score summed
-        over classes in 0..2.
+        (l1, of the most probable class; torchmetrics' binning) in 0..1, the same with quantile
+        bins, and Brier score summed over classes in 0..2.
 
     Raises:
         DataError: The loader is empty.
@@ -42,6 +42,7 @@ def quality(
     accuracy = calibration = None
     nll = brier = 0.0
     n = 0
+    sure, right = [], []
     with evaluation_mode(model):
         for x, y in loader:
             logits, y = model(x.to(device)).float(), y.to(device)
@@ -56,6 +57,9 @@ def quality(
             nll += F.cross_entropy(logits.double(), y, reduction="sum").item()
             truth = F.one_hot(y, logits.shape[1])
             brier += (probabilities.double() - truth).square().sum().item()
+            confidence, guess = probabilities.max(1)
+            sure.append(confidence)
+            right.append(guess == y)
             n += len(y)
     if accuracy is None or calibration is None:
         raise DataError("there are no samples to evaluate on: the loader is empty")
@@ -63,8 +67,25 @@ def quality(
         accuracy=100 * accuracy.compute().item(),
         nll=nll / n,
         ece=calibration.compute().item(),
+        quantile_ece=quantile_ece(torch.cat(sure), torch.cat(right)),
         brier=brier / n,
     )
+
+
+def quantile_ece(confidence: Tensor, correct: Tensor, bins: int = 20) -> float:
+    """Return the expected calibration error with bins of equal counts, in 0..1.
+
+    So in the code of the paper on Bayesian model reduction (arXiv 2309.12095), with 20 bins. Where
+    most confidences are near one, equal widths put nearly all samples into one bin.
+
+    Args:
+        confidence: Probabilities of the most probable class, ``(N,)``.
+        correct: Whether it is the true one, ``(N,)``.
+        bins: How many.
+    """
+    order = confidence.argsort(stable=True)
+    gaps = correct[order].double() - confidence[order].double()
+    return sum(abs(part.sum().item()) for part in gaps.tensor_split(bins)) / len(order)
 
 
 @torch.no_grad()

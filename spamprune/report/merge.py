@@ -10,13 +10,24 @@ from typing import TypeAlias
 from spamprune.errors import OutputError
 from spamprune.recipe import load
 from spamprune.recipe.schema import Recipe, Train
-from spamprune.report.results import Cell, Compacted, Masked, Quality, Results, read_results
+from spamprune.report.results import (
+    Cell,
+    Compacted,
+    Masked,
+    Patterned,
+    Quality,
+    Results,
+    read_results,
+)
 
-Measured: TypeAlias = Masked | Compacted
+Measured: TypeAlias = Masked | Patterned | Compacted
 
 _SAME_DATA = ("name", "train", "validation", "test", "classes", "shape", "deviations")
 # what distinguishes rows of one table; experiments that agree in all else share a table
-_OWN_ROWS = {"criteria", "sparsities", "ranking", "targets", "trainings"}
+_OWN_ROWS = {
+    *("criteria", "sparsities", "n", "m"),
+    *("ranking", "targets", "trainings", "compensate"),
+}
 
 
 @dataclass(frozen=True)
@@ -169,11 +180,13 @@ def _renamed(cell: Cell, name: str, places: Sequence[int]) -> Cell:
         return {"experiment": places[record.experiment]}
 
     masked = {_key(m): m for m in (m.model_copy(update=moved(m)) for m in cell.masked)}
+    patterned = {_key(p): p for p in (p.model_copy(update=moved(p)) for p in cell.patterned)}
     compacted = {_key(c): c for c in (c.model_copy(update=moved(c)) for c in cell.compacted)}
     return cell.model_copy(
         update={
             "training": name,
             "masked": list(masked.values()),
+            "patterned": list(patterned.values()),
             "compacted": list(compacted.values()),
         }
     )
@@ -181,15 +194,19 @@ def _renamed(cell: Cell, name: str, places: Sequence[int]) -> Cell:
 
 def measured(cell: Cell) -> list[Measured]:
     """Return all that was pruned from a cell's network."""
-    return [*cell.masked, *cell.compacted]
+    return [*cell.masked, *cell.patterned, *cell.compacted]
 
 
 def _key(record: Measured) -> tuple[object, ...]:
     """Return what identifies a measurement among those of its cell."""
     if isinstance(record, Masked):
-        return record.kind, record.experiment, record.criterion, record.requested
+        asked = record.requested if record.chosen is None else "evidence"
+        return record.kind, record.experiment, record.criterion, asked
+    if isinstance(record, Patterned):
+        return record.kind, record.experiment, record.criterion, record.pattern
     target = tuple(record.target.items())
-    return record.kind, record.experiment, record.criterion, record.ranking, target
+    way = (record.criterion, record.compensated, record.ranking)
+    return record.kind, record.experiment, *way, target
 
 
 def _joined(run: Run, cell: Cell, other_run: Run, other: Cell) -> Cell:
@@ -209,6 +226,7 @@ def _joined(run: Run, cell: Cell, other_run: Run, other: Cell) -> Cell:
     return cell.model_copy(
         update={
             "masked": [*cell.masked, *(m for m in other.masked if _key(m) not in known)],
+            "patterned": [*cell.patterned, *(p for p in other.patterned if _key(p) not in known)],
             "compacted": [*cell.compacted, *(c for c in other.compacted if _key(c) not in known)],
         }
     )

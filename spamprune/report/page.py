@@ -14,9 +14,17 @@ from torch import Tensor
 from spamprune.bayes.posterior import load_posterior
 from spamprune.errors import OutputError
 from spamprune.files import write_text
-from spamprune.report import tables
+from spamprune.report import bayes, panels, tables
+from spamprune.report.patterns import NOTE, patterns
 from spamprune.report.plots import METRICS, cost_accuracy, sparsity_curves, training_curves
 from spamprune.report.results import Results, read_results
+from spamprune.report.schedules import (
+    during,
+    gradual_curves,
+    gradual_steps,
+    online_curves,
+    online_steps,
+)
 from spamprune.report.style import training_colours
 from spamprune.report.summary import (
     TOLERANCE,
@@ -82,7 +90,14 @@ def write(folder: Path) -> Path:
     sections = [
         _training(results),
         *(_unstructured(results, e) for e in unstructured_experiments(results)),
+        *(
+            _semi_structured(results, e)
+            for e in dict.fromkeys(p.experiment for p in patterns(results))
+        ),
         *(_structured(results, e) for e in dict.fromkeys(f.experiment for f in families(results))),
+        _inference(results),
+        _online(results),
+        _gradual(results),
         _parameters(folder, results),
     ]
     body = [_head(results)]
@@ -115,9 +130,11 @@ def _head(results: Results) -> str:
         f"{seeds} seed{'s' * (seeds > 1)} each on {results.data.get('name', 'the data')}, in "
         f"{results.train_seconds / 60:.3g} minutes of training."
     ]
-    best_name = max(cells, key=lambda name: dense(cells[name], "accuracy").mean)
+    whole = [name for name, group in cells.items() if not during(group)]
+    best_name = max(whole or cells, key=lambda name: dense(cells[name], "accuracy").mean)
     accuracy = dense(cells[best_name], "accuracy")
-    cards = [(f"{accuracy.mean:.1f} %", "accuracy unpruned", best_name)]
+    label = "accuracy unpruned" if whole else "accuracy"
+    cards = [(f"{accuracy.mean:.1f} %", label, best_name)]
     sparsest = best_sparsity(results)
     if sparsest is not None:
         how = "after fine-tuning" if sparsest.finetuned else "without fine-tuning"
@@ -176,7 +193,12 @@ def _training(results: Results) -> _Section:
         "linear layers and matrix products of one sample; bytes are those of the parameters in "
         "memory.</p>\n"
     )
-    return "Unpruned networks", figures, tables.dense_table(results) + note
+    if any(during([cell]) for cell in results.cells):
+        title = "Trained networks"
+        note += '<p class="soft">Those that were pruned in training are as they came out.</p>\n'
+    else:
+        title = "Unpruned networks"
+    return title, figures, tables.dense_table(results) + note
 
 
 def _unstructured(results: Results, experiment: int) -> _Section:
@@ -186,7 +208,8 @@ def _unstructured(results: Results, experiment: int) -> _Section:
             continue
         caption = (
             f"Quality on the test data against sparsity, {words}. {_BAND} The sparsity axis is "
-            "logarithmic in the weights that remain; dashed lines without markers are unpruned."
+            "logarithmic in the weights that remain; dashed lines without markers are unpruned, "
+            "stars the sparsity of most evidence."
         )
         svg = sparsity_curves(results, experiment, stage)
         figures.append(_Figure(f"unstructured-{experiment}-{stage}", svg, caption))
@@ -197,7 +220,16 @@ def _unstructured(results: Results, experiment: int) -> _Section:
                 content.append(f"<h3>{escape(title)}</h3>\n{table}")
             else:
                 content.append(f"<details><summary>{escape(title)}</summary>\n{table}</details>\n")
+    content.append(bayes.evidence_table(results, experiment))
+    for name, svg, words in panels.figures(results, experiment):
+        figures.append(_Figure(f"{name}-{experiment}", svg, f"{words} {_BAND}"))
     return f"Unstructured pruning (prune.{experiment})", figures, "".join(content)
+
+
+def _semi_structured(results: Results, experiment: int) -> _Section:
+    shown = [pattern for pattern in patterns(results) if pattern.experiment == experiment]
+    content = tables.patterns_table(shown) + f'<p class="soft">{escape(NOTE)}</p>\n'
+    return f"Semi-structured pruning (prune.{experiment})", [], content
 
 
 def _structured(results: Results, experiment: int) -> _Section:
@@ -215,6 +247,40 @@ def _structured(results: Results, experiment: int) -> _Section:
         + "</details>\n"
     )
     return f"Structured pruning (prune.{experiment})", [figure], content
+
+
+def _inference(results: Results) -> _Section:
+    table = bayes.inference_table(results)
+    if not table:
+        return "", [], ""
+    reductions = bayes.reductions_table(results)
+    if reductions:
+        table += f"<h3>Bayesian model reduction</h3>\n{reductions}"
+    return "Variational inference", [], table + f'<p class="soft">{escape(bayes.NOTE)}</p>\n'
+
+
+def _online(results: Results) -> _Section:
+    if not online_steps(results):
+        return "", [], ""
+    caption = (
+        "Quality on the test data against sparsity. Online: masks grow while the network is "
+        "trained, and quality is measured right after each cut; where pruned weights stay zero "
+        "also right before the next one. Post hoc: one-shot masks of networks that were trained "
+        f"whole. {_BAND}"
+    )
+    figures = [_Figure("online", online_curves(results), caption)]
+    return "Online pruning", figures, tables.online_table(results)
+
+
+def _gradual(results: Results) -> _Section:
+    if not gradual_steps(results):
+        return "", [], ""
+    caption = (
+        "Test accuracy against cost of networks that lose units while they are trained: right "
+        f"after each cut, and right before the next one or at the end. {_BAND}"
+    )
+    figures = [_Figure("gradual", gradual_curves(results), caption)]
+    return "Gradual pruning", figures, tables.gradual_table(results)
 
 
 def _parameters(folder: Path, results: Results) -> _Section:

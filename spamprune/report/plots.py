@@ -8,7 +8,7 @@ than eight lines, or there is one training only, colour is the criterion instead
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,10 @@ from spamprune.report.style import (
 )
 from spamprune.report.summary import (
     Family,
-    MaskedSeries,
     Spread,
     Stage,
     best_family,
+    by_evidence,
     dense,
     families,
     masked_series,
@@ -51,12 +51,17 @@ from spamprune.report.summary import (
 )
 
 METRICS = {"accuracy": "Accuracy / %", "nll": "NLL / nats", "ece": "ECE", "brier": "Brier score"}
-_MOST_LINES = 8  # that share one panel
-_COSTS = {  # field → what there are fewer of, label, unit
+MOST_LINES = 8  # that share one panel
+COSTS = {  # field → what there are fewer of, label, unit
     "macs": ("MACs", "MACs of one sample", ""),
     "bytes": ("bytes", "Bytes of the parameters", "B"),
 }
-_RANKINGS: dict[str, Any] = {"uniform": "-", "global": (0, (4, 2))}
+_RANKINGS: dict[str, Any] = {
+    "uniform": "-",
+    "global": (0, (4, 2)),
+    "per_cost": (0, (6, 1, 1, 1)),
+    "isomorphic": (0, (1, 1)),
+}
 _CURVES = {
     "loss": "Training loss / nats",
     "validation_accuracy": "Validation accuracy / %",
@@ -71,7 +76,7 @@ def sparsity_curves(results: Results, experiment: int, stage: Stage) -> Figure:
     cells = trainings(results)
     names = [name for name in cells if any(name == training for training, _ in series)]
     criteria = list(dict.fromkeys(criterion for _, criterion in series))
-    shared = len(names) > 1 and len(series) <= _MOST_LINES
+    shared = len(names) > 1 and len(series) <= MOST_LINES
     rows = [names] if shared else [[name] for name in names]
     if len(rows) == 1:
         figure = Figure(figsize=(9.6, 6.6), layout="constrained")
@@ -86,6 +91,9 @@ def sparsity_curves(results: Results, experiment: int, stage: Stage) -> Figure:
         colours = criterion_colours(criteria)
         dashes, dense_colours = dict.fromkeys(criteria, "-"), dict.fromkeys(names, INK)
     markers = criterion_markers(criteria)
+    sparsities = {s for points in series.values() for s in points}
+    found = by_evidence(results, experiment, stage)
+    sparsities |= {sparsity for sparsity, _ in found.values()}
     for row, panels in zip(rows, grid, strict=True):
         for axes, (metric, label) in zip(panels, METRICS.items(), strict=True):
             for name in row:
@@ -96,26 +104,34 @@ def sparsity_curves(results: Results, experiment: int, stage: Stage) -> Figure:
                     colour = colours[training if shared else criterion]
                     spreads = [spread_of(qualities, metric) for qualities in points.values()]
                     look = {"ls": dashes[criterion], "marker": markers[criterion]}
-                    _line(axes, [1 - s for s in points], spreads, colour, look)
+                    line(axes, [1 - s for s in points], spreads, colour, look)
+            for (training, criterion), (sparsity, qualities) in found.items():
+                if training in row:
+                    colour = colours[training if shared else criterion]
+                    level = spread_of(qualities, metric).mean
+                    look = {"ms": 14, "mfc": colour, "mec": "white", "zorder": 5}
+                    axes.plot([1 - sparsity], [level], "*", **look)
             title = label if len(rows) == 1 else f"{row[0]}: {label}"
             axes.set_title(title, fontsize=11 if len(rows) == 1 else 9.5)
             if metric == "nll":
-                _log_if_wide(axes)
+                log_if_wide(axes)
     for axes in grid.flat:
-        _sparsity_axis(axes, series, 0.055 if len(rows) == 1 else 0.11)
+        sparsity_axis(axes, sparsities, 0.055 if len(rows) == 1 else 0.11)
     for axes in grid[-1] if len(rows) > 1 else grid[0, 2:]:
         axes.set_xlabel("Sparsity / %")
-    handles = [_key(name, color=colours[name], lw=3, ls="-") for name in names if shared]
+    handles = [entry(name, color=colours[name], lw=3, ls="-") for name in names if shared]
     if len(criteria) > 1 or not shared:
         for criterion in criteria:
             look = {"ls": dashes[criterion], "marker": markers[criterion]}
-            handles.append(_key(criterion, color=INK if shared else colours[criterion], **look))
-    handles.append(_key("unpruned", color=GREY, lw=1, ls=(0, (4, 3))))
+            handles.append(entry(criterion, color=INK if shared else colours[criterion], **look))
+    if found:
+        handles.append(entry("most evidence", marker="*", ms=10))
+    handles.append(entry("unpruned", color=GREY, lw=1, ls=(0, (4, 3))))
     legend(figure, handles, 5)
     return figure
 
 
-def _line(
+def line(
     axes: Axes, x: Sequence[float], spreads: Sequence[Spread], colour: str, look: dict[str, Any]
 ) -> None:
     """Draw means, and a band of ± one standard error where there are several seeds."""
@@ -124,7 +140,7 @@ def _line(
     axes.plot(x, mean, color=colour, **look)
 
 
-def _log_if_wide(axes: Axes) -> None:
+def log_if_wide(axes: Axes) -> None:
     """Use a logarithmic y axis where the lines span more than a factor of 20."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
     drawn = drawn[np.isfinite(drawn)]
@@ -135,9 +151,9 @@ def _log_if_wide(axes: Axes) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _sparsity_axis(axes: Axes, series: MaskedSeries, apart: float) -> None:
+def sparsity_axis(axes: Axes, measured: Iterable[float], apart: float) -> None:
     """Show sparsity on an axis that is logarithmic in what remains, with ticks at the data."""
-    sparsities = sorted({s for points in series.values() for s in points}, reverse=True)
+    sparsities = sorted(measured, reverse=True)
     place = [-math.log(1 - s) for s in sparsities]
     span = place[0] - place[-1]
     ticks: list[int] = []
@@ -168,7 +184,7 @@ def cost_accuracy(results: Results, experiment: int) -> Figure:
     best = best_family(shown)
     figure = Figure(figsize=(9.6, 4.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, (field, (noun, label, unit)) in zip(panels, _COSTS.items(), strict=True):
+    for axes, (field, (noun, label, unit)) in zip(panels, COSTS.items(), strict=True):
         paths: dict[tuple[str, str, str], list[Family]] = {}
         for family in sorted(shown, key=lambda family: family.cost(field).mean):
             key = (family.training, family.criterion, family.ranking)
@@ -183,28 +199,28 @@ def cost_accuracy(results: Results, experiment: int) -> Figure:
             axes.axhline(level, color=colour, lw=1, ls=(0, (4, 3)), zorder=1)
             axes.plot([cost], [level], "*", ms=14, mfc=colour, mec="white", zorder=5)
         axes.set_xscale("log")
-        _round_ticks(axes)
+        round_ticks(axes)
         axes.xaxis.set_major_formatter(EngFormatter(unit=unit, sep=" "))
         axes.set_xlabel(label)
         if best is not None:
             text = f"{best.saving(field):.1f}× fewer {noun}"
             _callout(axes, best.cost(field).mean, best.final_accuracy().mean, text)
-    _accuracy_axis(panels[0])
+    accuracy_axis(panels[0])
     panels[0].set_ylabel("Accuracy / %")
     coloured = list(cells) if by_training else criteria
-    handles = [_key(name, color=colours[name], lw=3, ls="-") for name in coloured]
+    handles = [entry(name, color=colours[name], lw=3, ls="-") for name in coloured]
     if by_training and len(criteria) > 1:
-        handles += [_key(criterion, marker=markers[criterion]) for criterion in criteria]
+        handles += [entry(criterion, marker=markers[criterion]) for criterion in criteria]
     rankings = dict.fromkeys(family.ranking for family in shown)
     if len(rankings) > 1:
-        handles += [_key(f"{ranking} ranking", ls=_RANKINGS[ranking]) for ranking in rankings]
+        handles += [entry(f"{ranking} ranking", ls=_RANKINGS[ranking]) for ranking in rankings]
     marker = markers[criteria[0]]
     if any(family.accuracy("finetuned") for family in shown):
-        handles.append(_key("fine-tuned", marker=marker))
-    handles.append(_key("just pruned", marker=marker, mfc="white"))
+        handles.append(entry("fine-tuned", marker=marker))
+    handles.append(entry("just pruned", marker=marker, mfc="white"))
     if any(family.accuracy("scratch") for family in shown):
-        handles.append(_key("trained from scratch", marker="x", mew=1.6))
-    handles.append(_key("unpruned", marker="*", ms=10))
+        handles.append(entry("trained from scratch", marker="x", mew=1.6))
+    handles.append(entry("unpruned", marker="*", ms=10))
     legend(figure, handles, 5)
     return figure
 
@@ -232,12 +248,12 @@ def _path(
         )
 
 
-def _key(label: str, **look: Any) -> Line2D:
+def entry(label: str, **look: Any) -> Line2D:
     """Return an entry of a legend."""
     return Line2D([], [], label=label, **{"color": INK, "ls": "none", **look})
 
 
-def _round_ticks(axes: Axes) -> None:
+def round_ticks(axes: Axes) -> None:
     """Label 1, 2 and 5 of each decade."""
     low, high = axes.get_xlim()
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -246,7 +262,7 @@ def _round_ticks(axes: Axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _accuracy_axis(axes: Axes) -> None:
+def accuracy_axis(axes: Axes) -> None:
     """Stretch the top of an accuracy axis: it is logarithmic in the error plus half a point."""
     low, high = axes.get_ylim()
     axes.set_yscale(
@@ -298,7 +314,7 @@ def training_curves(results: Results) -> Figure:
             if course:
                 # a measurement made now and then is a point, one made each epoch a line
                 look = {"marker": "o", "ms": 3} if len(course) < 25 else {}
-                _line(axes, list(course), list(course.values()), colours[name], look)
+                line(axes, list(course), list(course.values()), colours[name], look)
         axes.set_title(label)
         axes.set_xlabel("Epoch")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -306,7 +322,7 @@ def training_curves(results: Results) -> Figure:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         else:
             axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-    legend(figure, [_key(n, color=c, lw=3, ls="-") for n, c in colours.items()], 5)
+    legend(figure, [entry(n, color=c, lw=3, ls="-") for n, c in colours.items()], 5)
     return figure
 
 

@@ -21,7 +21,7 @@ GREY = "#6b7280"
 ZERO = "#b9bec6"  # of weights that are exactly zero
 
 # the palette of Okabe and Ito, safe for colour-blind readers, without its yellow
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255")
+_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#332288")
 _CRITERION_COLOURS = {
     "opd": "#0072b2",
     "magnitude": "#d55e00",
@@ -31,9 +31,10 @@ _CRITERION_COLOURS = {
     "obd": "#56b4e9",
     "taylor": "#882255",
     "bmr": "#332288",
+    "block_opd": "#117733",
     "random": GREY,
 }
-_MARKERS = dict(zip(_CRITERION_COLOURS, "osD^vPXhd", strict=True))
+_MARKERS = dict(zip(_CRITERION_COLOURS, "osD^vPXhpd", strict=True))
 _DASHES: dict[str, Any] = {
     "opd": "-",
     "magnitude": (0, (5, 1.5)),
@@ -43,6 +44,7 @@ _DASHES: dict[str, Any] = {
     "obd": (0, (8, 2)),
     "taylor": (0, (8, 2, 1, 2)),
     "bmr": (0, (1, 3)),
+    "block_opd": (0, (6, 1, 1, 1)),
     "random": (0, (2, 4)),
 }
 

@@ -62,10 +62,29 @@ def masked_series(results: Results, experiment: int, stage: Stage) -> MaskedSeri
     for cell in results.cells:
         for masked in cell.masked:
             quality: Quality | None = getattr(masked, stage)
-            if masked.experiment == experiment and quality is not None:
+            asked = masked.chosen is None  # else a sparsity of its own for each seed
+            if masked.experiment == experiment and quality is not None and asked:
                 points = series.setdefault((cell.training, masked.criterion), {})
                 points.setdefault(masked.requested, []).append(quality)
     return {key: dict(sorted(points.items())) for key, points in series.items()}
+
+
+def by_evidence(
+    results: Results, experiment: int, stage: Stage
+) -> dict[tuple[str, str], tuple[float, list[Quality]]]:
+    """Return, by training and criterion, the mean sparsity that the evidence chose, and quality."""
+    found: dict[tuple[str, str], list[tuple[float, Quality]]] = {}
+    for cell in results.cells:
+        for masked in cell.masked:
+            quality: Quality | None = getattr(masked, stage)
+            chosen = masked.chosen is not None and masked.experiment == experiment
+            if chosen and quality is not None:
+                point = (masked.achieved, quality)
+                found.setdefault((cell.training, masked.criterion), []).append(point)
+    return {
+        key: (spread(sparsity for sparsity, _ in points).mean, [q for _, q in points])
+        for key, points in found.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,7 @@ class Family:
 
     experiment: int
     training: str
-    criterion: str
+    criterion: str  # with a word on compensation
     ranking: str
     target: dict[str, float]
     members: list[tuple[Cell, Compacted]]
@@ -109,14 +128,20 @@ class Family:
         ).mean
 
 
+def criterion_of(record: Compacted) -> str:
+    """Return what units were ranked by, with a word on compensation."""
+    return f"{record.criterion}, compensated" if record.compensated else record.criterion
+
+
 def families(results: Results) -> list[Family]:
     """Return every structured pruning, in the order of the results."""
     groups: dict[tuple[object, ...], Family] = {}
     for cell in results.cells:
         for p in cell.compacted:
             target = tuple(sorted(p.target.items()))
-            key = (p.experiment, cell.training, p.criterion, p.ranking, target)
-            new = Family(p.experiment, cell.training, p.criterion, p.ranking, p.target, [])
+            criterion = criterion_of(p)
+            key = (p.experiment, cell.training, criterion, p.ranking, target)
+            new = Family(p.experiment, cell.training, criterion, p.ranking, p.target, [])
             groups.setdefault(key, new).members.append((cell, p))
     return sorted(groups.values(), key=lambda family: family.experiment)
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from html import escape
 from statistics import median
 
+from spamprune.report.patterns import Pattern, batches
 from spamprune.report.plots import METRICS
-from spamprune.report.results import Cell, Results
+from spamprune.report.results import Cell, Quality, Results
+from spamprune.report.schedules import gradual_steps, online_steps, post_hoc, quality
 from spamprune.report.summary import (
     Family,
     Spread,
@@ -91,6 +93,8 @@ def milliseconds(seconds: Sequence[float]) -> str:
 
 def target(values: dict[str, float]) -> str:
     """Return a target such as "10 % MACs"."""
+    if "evidence" in values:
+        return "most evidence"
     names = {"macs": "% of MACs", "params": "% of params", "ratio": "% of units removed"}
     return ", ".join(f"{100 * v:.3g} {names.get(k, k)}" for k, v in values.items())
 
@@ -204,6 +208,8 @@ def compacted_table(results: Results, experiment: int) -> str:
 def _achieved(family: Family) -> str:
     """Return what was reached of the target, on average."""
     means = {k: spread(p.achieved[k] for _, p in family.members).mean for k in family.target}
+    if "evidence" in means:
+        return f"{means['evidence']:+.3g} nats"
     return ", ".join(f"{100 * mean:.3g} %" for mean in means.values())
 
 
@@ -241,6 +247,109 @@ def networks_table(results: Results, experiment: int) -> str:
         if family.experiment == experiment
         for cell, pruned in family.members
     ]
+    return _table(head, rows)
+
+
+def patterns_table(shown: Sequence[Pattern]) -> str:
+    """Return the table of a semi-structured experiment: means over seeds."""
+    timed = batches(shown)
+    head: list[_Cell] = [
+        _Text("Training"),
+        _Text("Criterion"),
+        _Text("Pattern"),
+        "Zero weights / %",
+        "Unpruned / %",
+        "Just pruned / %",
+        "Fine-tuned / %",
+        *(f"Speed-up on the GPU, batch {batch}" for batch in timed),
+        _Text("Notes"),
+    ]
+    rows: list[list[_Cell]] = [
+        [
+            _Text(pattern.training),
+            _Text(pattern.criterion),
+            _Text(pattern.pattern),
+            number(pattern.zeros().mean, 1),
+            plus_minus(pattern.dense_accuracy(), 2),
+            plus_minus(pattern.accuracy("pruned"), 2),
+            plus_minus(pattern.accuracy("finetuned"), 2),
+            *(plus_minus(pattern.speedup(batch), 2) for batch in timed),
+            _Text("; ".join(pattern.notes()) or _ABSENT, long=True),
+        ]
+        for pattern in shown
+    ]
+    return _table(head, rows)
+
+
+def online_table(results: Results) -> str:
+    """Return the table of masks that grew in training, beside those of networks trained whole."""
+    others = post_hoc(results)
+    head: list[_Cell] = [
+        _Text("Training"),
+        _Text("Pruned weights"),
+        "Epoch",
+        "Sparsity / %",
+        "Just cut / %",
+        "Trained on / %",
+        *(f"Post hoc, {name} / %" for name in others),
+    ]
+    rows: list[list[_Cell]] = [
+        [
+            _Text(training),
+            _Text("stay zero" if cuts[0].held else "grow again"),
+            str(epoch),
+            f"{100 * cuts[0].sparsity:.4g}",
+            plus_minus(quality(cuts, "pruned"), 2),
+            plus_minus(quality(cuts, "trained"), 2),
+            *(plus_minus(_at(points, cuts[0].sparsity), 2) for points in others.values()),
+        ]
+        for training, steps in online_steps(results).items()
+        for epoch, cuts in steps.items()
+    ]
+    return _table(head, rows)
+
+
+def _at(points: dict[float, list[Quality]], sparsity: float) -> Spread | None:
+    """Return the accuracy that was measured at a sparsity, if it was."""
+    near = [found for s, found in points.items() if math.isclose(s, sparsity, abs_tol=1e-9)]
+    return spread_of(near[0], "accuracy") if near else None
+
+
+def gradual_table(results: Results) -> str:
+    """Return the table of units that went in training."""
+    head: list[_Cell] = [
+        _Text("Training"),
+        _Text("Ranking"),
+        "Epoch",
+        _Text("Target → achieved"),
+        "Just cut / %",
+        "Trained on / %",
+        "Parameters",
+        "MACs",
+        "Bytes",
+        _Text("Units kept, first seed", long=True),
+    ]
+    rows: list[list[_Cell]] = []
+    for training, steps in gradual_steps(results).items():
+        for epoch, cuts in steps.items():
+            achieved = spread(value for cut in cuts for value in cut.achieved.values()).mean
+            sizes = [
+                count(spread(getattr(cut.size, field) for cut in cuts).mean)
+                for field in ("params", "macs", "bytes")
+            ]
+            widths = ", ".join(f"{layer} {n}" for layer, n in cuts[0].widths.items())
+            rows.append(
+                [
+                    _Text(training),
+                    _Text(cuts[0].ranking),
+                    str(epoch),
+                    _Text(f"{target(cuts[0].target)} → {100 * achieved:.3g} %"),
+                    plus_minus(quality(cuts, "pruned"), 2),
+                    plus_minus(quality(cuts, "trained"), 2),
+                    *sizes,
+                    _Text(widths, long=True),
+                ]
+            )
     return _table(head, rows)
 
 

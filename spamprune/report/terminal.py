@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
+from spamprune.report.patterns import patterns
 from spamprune.report.results import Results
 from spamprune.report.summary import (
     Spread,
@@ -29,7 +30,7 @@ def tables(results: Results) -> list[Table]:
         evidence = spread(cell.log_evidence for cell in cells)
         row = (name, str(len(cells)), _show(dense(cells, "accuracy")), f"{evidence.mean:.1f}")
         overview.add_row(*row)
-    return [overview, *_unstructured(results), *_structured(results)]
+    return [overview, *_unstructured(results), *_patterned(results), *_structured(results)]
 
 
 def _unstructured(results: Results) -> list[Table]:
@@ -43,6 +44,21 @@ def _unstructured(results: Results) -> list[Table]:
                     rows.setdefault(key, {})[f"{sparsity:g}"] = f"{mean:.1f}"
         made.append(_experiment(f"prune.{experiment}: mean accuracy at sparsity", rows))
     return made
+
+
+def _patterned(results: Results) -> list[Table]:
+    made: dict[int, Rows] = {}
+    for pattern in patterns(results):
+        row = made.setdefault(pattern.experiment, {}).setdefault(
+            (pattern.training, pattern.criterion), {}
+        )
+        last = pattern.accuracy("finetuned") or pattern.accuracy("pruned")
+        if last is not None:
+            row[pattern.pattern] = f"{last.mean:.1f}"
+    return [
+        _experiment(f"prune.{experiment}: mean accuracy by pattern", rows)
+        for experiment, rows in made.items()
+    ]
 
 
 def _structured(results: Results) -> list[Table]:

@@ -84,6 +84,30 @@ NETWORKS = {
         (4, 1, 1),
         "0",
     ),
+    "many channels": (
+        lambda: double_network(
+            nn.Conv2d(32, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(192, 3)
+        ),
+        (32, 8, 8),
+        "0",
+    ),
+    "small images": (
+        lambda: double_network(
+            nn.Conv2d(4, 6, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(24, 3)
+        ),
+        (4, 2, 2),
+        "0",
+    ),
+    "depthwise": (
+        lambda: double_network(
+            nn.Conv2d(4, 4, 5, padding=2, stride=2, groups=4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(36, 3),
+        ),
+        (4, 5, 6),
+        "0",
+    ),
     "wide": (
         lambda: double_network(nn.Linear(300, 5), nn.Tanh(), nn.Linear(5, 3)),
         (300,),

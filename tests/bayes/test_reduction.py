@@ -15,7 +15,14 @@ from spamprune.bayes.evidence import log_evidence, maximise
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import Posterior, posterior_from
 from spamprune.bayes.prior import Prior
-from spamprune.bayes.reduction import Reduction, active, layers, log_odds
+from spamprune.bayes.reduction import (
+    Reduction,
+    furthest,
+    layers,
+    log_odds,
+    pruned_of,
+    surplus,
+)
 from spamprune.errors import PosteriorError
 
 #: Weight matrices: (layer, groups)
@@ -290,6 +297,11 @@ def test_layers_hold_weight_and_bias_and_nothing_else():
     }
 
 
+def active(delta_f, **settings):
+    """Masks of all that pays."""
+    return {name: found <= 0 for name, found in surplus(delta_f, **settings).items()}
+
+
 def test_each_layer_has_its_own_odds_and_the_last_stays():
     delta_f = {
         "a.weight": torch.tensor([[4.0, 5.0, 6.0, -9.0]]),
@@ -338,3 +350,57 @@ def test_faults_are_named():
         active({"fc.weight": torch.zeros(2)}, whole=["head"])
     with pytest.raises(PosteriorError, match=r"'fc.weight' is not a number"):
         active({"fc.weight": torch.tensor([math.nan])})
+
+
+def test_a_surplus_is_the_gain_above_the_odds():
+    gains = {"a.weight": torch.tensor([-3.0, 0.5, 2.0]), "b.weight": torch.tensor([1.0])}
+    found = surplus(gains, whole=["b"])
+    close(found["a.weight"], gains["a.weight"].double() - log_odds(gains["a.weight"]))
+    assert found["b.weight"].tolist() == [-math.inf]
+    even = surplus(gains, iterations=0)
+    assert all(torch.equal(even[name], gains[name].double()) for name in gains)
+    kept = {"a.weight": torch.tensor([True, False, True]), "b.weight": torch.tensor([False])}
+    gone = surplus(gains, whole=["b"], pruned=kept)
+    assert (gone["a.weight"] == math.inf).tolist() == [False, True, False]
+    assert gone["b.weight"].tolist() == [math.inf]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    gains=st.lists(st.integers(-20, 20), min_size=1, max_size=40),
+    limit=st.integers(0, 40),
+)
+def test_as_much_goes_as_is_allowed_and_the_largest_first(gains, limit):
+    """Against trying every number of them."""
+    surpluses = {"w": torch.tensor(gains, dtype=torch.float64)}
+    asked = []
+
+    def allowed(masks):
+        asked.append(masks)
+        return int((~masks["w"]).sum()) <= limit
+
+    stays = furthest(surpluses, allowed, steps=20)["w"]
+    assert len(asked) <= 21
+    tried = [surpluses["w"] < least for least in sorted({g for g in gains if g > 0})]
+    fits = [mask for mask in tried if int((~mask).sum()) <= limit]
+    assert int((~stays).sum()) == max((int((~mask).sum()) for mask in fits), default=0)
+    assert surpluses["w"][~stays].min() > 0 if (~stays).any() else True
+    if (~stays).any() and stays.any():
+        assert surpluses["w"][~stays].min() > surpluses["w"][stays].max()
+
+
+def test_what_is_gone_stays_gone_whatever_is_allowed():
+    surpluses = {"w": torch.tensor([math.inf, 3.0, -1.0]), "v": torch.tensor([-math.inf])}
+    assert furthest(surpluses, lambda masks: False)["w"].tolist() == [False, True, True]
+    stays = furthest(surpluses, lambda masks: True)
+    assert stays["w"].tolist() == [False, False, True]
+    assert stays["v"].tolist() == [True]
+
+
+def test_fractions_that_masks_remove_by_layer():
+    masks = {
+        "a.weight": torch.tensor([True, False, False]),
+        "a.bias": torch.tensor([False]),
+        "head.weight": torch.tensor([True]),
+    }
+    assert pruned_of(masks) == {"a": 0.75, "head": 0.0}

@@ -12,7 +12,7 @@ from spamprune import scores
 from spamprune.bayes.likelihood import Regression
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import load_posterior
-from spamprune.bayes.reduction import Reduction, active
+from spamprune.bayes.reduction import Reduction, surplus
 from spamprune.bayes.scales import Horseshoe, LayerScale, Positive, softplus_inverse
 from spamprune.bayes.variational import MeanField
 from spamprune.errors import PosteriorError
@@ -276,7 +276,10 @@ def test_reduction_of_a_trained_field_and_masks_that_hold():
     mean, sigma = field.means[0].detach(), F.softplus(field.spreads[0].detach())
     expected = -sigma.log() - 0.5 * (mean / sigma).square()
     torch.testing.assert_close(first.float(), expected, rtol=1e-3, atol=1e-3)
-    masks = active(delta_f, whole=["2"])
+    gains = field.gains()
+    for name, gain in delta_f.items():
+        torch.testing.assert_close(gains[name], gain, rtol=1e-3, atol=1e-3)
+    masks = {name: found <= 0 for name, found in surplus(delta_f, whole=["2"]).items()}
     # only the first of five inputs tells of the targets
     assert masks["0.weight"][:, 1:].float().mean() < 0.2
     assert masks["0.weight"][:, 0].any()
@@ -362,3 +365,77 @@ def test_faults_are_named():
     with pytest.raises(PosteriorError, match=r"masks lacks parameter '0\.weight'"):
         field.prune({})
     assert math.isfinite(field.elbo([batch(40)]))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_in_evaluation_mode_weights_are_the_posterior_means(prior):
+    field = field_of(network(), prior)
+    with torch.no_grad():
+        field.means[0].add_(1.0)
+    inputs, targets = batch()
+    masks = {n: torch.rand(m.shape) < 0.7 for n, m in field.masks().items()}
+    field.prune(masks)
+    field.eval()
+    outputs = field(inputs)
+    assert torch.equal(outputs, field(inputs))
+    assert field.collapse() is field.network
+    torch.testing.assert_close(field.network(inputs), outputs)
+    assert all(not p[~masks[n]].any() for n, p in field.network.named_parameters())
+    # a bound is an expectation over weights, whatever the mode
+    bounds = {field.elbo([(inputs, targets)]) for _ in range(3)}
+    assert len(bounds) == 3
+
+
+def test_what_is_pruned_costs_nothing_wherever_momentum_takes_it():
+    field = field_of(network())
+    masks = {n: torch.zeros_like(m) for n, m in field.masks().items()}
+    masks["2.bias"] |= True
+    field.prune(masks)
+    with torch.no_grad():
+        for mean in list(field.means)[:-1]:
+            mean.add_(3.0)
+    last = kl_divergence(
+        Normal(field.means[-1], F.softplus(field.spreads[-1])), Normal(0.0, 1.0)
+    ).sum()
+    scales = sum(scale.divergence() for scale in field.scales)
+    torch.testing.assert_close(field.divergence(), scales + last)
+    inputs, targets = batch()
+    found = field.posterior([(inputs, targets)])
+    assert not found.curvature.diag["0.weight"].any()
+    assert not field.network[0].weight.any()
+
+
+def test_masks_for_a_while():
+    field = field_of(network())
+    inputs, targets = batch()
+    kept = {n: torch.rand(m.shape) < 0.5 for n, m in field.masks().items()}
+    state = {n: t.clone() for n, t in field.state_dict().items()}
+    with field.reduced(kept):
+        torch.manual_seed(0)
+        inside = field.elbo([(inputs, targets)])
+        assert not field._draw()[0]["0.weight"][~kept["0.weight"]].any()
+    assert all(torch.equal(t, state[n]) for n, t in field.state_dict().items())
+    field.prune(kept)
+    torch.manual_seed(0)
+    assert field.elbo([(inputs, targets)]) == pytest.approx(inside, rel=1e-12)
+
+
+def test_a_bound_from_a_part_of_the_data_is_scaled_up():
+    field = field_of(network(), n_data=40)
+    with torch.no_grad():
+        for spread in field.spreads:
+            spread.fill_(-30.0)
+        for scale in field.scales:
+            scale.inverse_square.spread.fill_(-30.0)
+    inputs, targets = batch()
+    halves = [(inputs[:20], targets[:20]), (inputs[20:], targets[20:])]
+    parts = [field.elbo([half], samples=20) for half in halves]
+    assert sum(parts) / 2 == pytest.approx(field.elbo(halves), rel=1e-9)
+    assert field.elbo(halves, samples=15) == parts[0]
+
+
+def test_log_precisions_are_those_of_the_posterior():
+    field = field_of(network(), "horseshoe")
+    found = field.posterior([batch()])
+    expected = [delta.log().mean().item() for delta in found.prior_precision.values()]
+    assert field.mean_log_precision() == pytest.approx(expected)

@@ -6,14 +6,18 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
+from spamprune.bayes.curvature import CurvatureMethod
+from spamprune.bayes.posterior import fit_posterior
 from spamprune.bayes.spam import SpaM
 from spamprune.data import load
 from spamprune.data.base import mixed_seed
+from spamprune.engine.cell import accelerator
 from spamprune.engine.fit import Job, _parameter_groups, fit
 from spamprune.engine.methods import ByPrior
+from spamprune.errors import TrainingError
 from spamprune.models import create
 from spamprune.pruning.masks import apply_masks, global_masks
-from spamprune.recipe.schema import Optimiser
+from spamprune.recipe.schema import Arithmetic, Optimiser
 
 CANCER = load("cancer", validation=0.1)
 
@@ -153,4 +157,112 @@ def test_masks_that_grow_hold_from_then_on_and_survive_a_kill(tmp_path, monkeypa
     cut(first, 2, tmp_path / "c.safetensors", [])
     cut(second, 4, tmp_path / "c.safetensors", [])
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+DIGITS = load("digits", validation=0.1)
+
+
+def convolutional():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU()]
+    layers += [nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 10)]
+    return nn.Sequential(*layers)
+
+
+FLOAT32, BFLOAT16 = Arithmetic(), Arithmetic(precision="bf16")
+
+
+def train_digits(model, arithmetic=FLOAT32, epochs=2, **job):
+    spam = SpaM(model, len(DIGITS.train), every=1, steps=2)
+    settings = Job(
+        DIGITS.train,
+        epochs,
+        64,
+        Optimiser(lr=0.05, schedule="constant"),
+        seed=0,
+        channels_last=arithmetic.channels_last,
+        **job,
+    )
+    return fit(model, ByPrior(spam), settings, accelerator(arithmetic))
+
+
+def test_frozen_norms_keep_their_statistics_and_train_their_scales():
+    model, reference = convolutional(), convolutional()
+    for net in (model, reference):
+        net[1].running_mean += 0.3
+    before = copy.deepcopy(model[1])
+    train_digits(model, epochs=1, norms="frozen")
+    assert torch.equal(model[1].running_mean, before.running_mean)
+    assert torch.equal(model[1].running_var, before.running_var)
+    assert not torch.equal(model[1].weight, before.weight)
+    assert model[1].num_batches_tracked == 0
+    # the first step by hand, as an affine map per channel
+    inputs, targets = next(iter(DIGITS.train.loader(64, seed=0)))
+    norm = reference[1]
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    shift = norm.bias - norm.running_mean * scale
+    hidden = reference[0](inputs) * scale[:, None, None] + shift[:, None, None]
+    expected = F.cross_entropy(reference[2:](hidden), targets)
+    reference.train()
+    reference[1].eval()
+    torch.testing.assert_close(F.cross_entropy(reference(inputs), targets), expected)
+    train_digits(model, epochs=1)
+    assert model[1].num_batches_tracked > 0
+
+
+def test_bfloat16_is_for_the_passes_only():
+    """Weights, their optimiser's state, the prior and the curvature stay in float32."""
+    exact, mixed = convolutional(), convolutional()
+    kinds = []
+    mixed[0].register_forward_hook(lambda m, _, out: kinds.append((m.training, out.dtype)))
+    (reference, *_), (record, *_) = (
+        train_digits(exact),
+        train_digits(mixed, Arithmetic(precision="bf16")),
+    )
+    assert {dtype for training, dtype in kinds if training} == {torch.bfloat16}
+    assert {dtype for training, dtype in kinds if not training} == {torch.float32}  # evidence
+    assert all(
+        p.dtype == torch.float32
+        for p in (*mixed.parameters(), *mixed.buffers())
+        if p.is_floating_point()
+    )
+    assert record.loss != reference.loss
+    assert record.loss == pytest.approx(reference.loss, rel=0.02)
+    assert record.log_evidence == pytest.approx(reference.log_evidence, rel=0.02)
+
+
+@pytest.mark.parametrize("estimator", ["sketch", "exact"])
+def test_curvature_under_autocast_is_summed_in_float32(estimator):
+    model, method = convolutional(), CurvatureMethod(estimator=estimator)
+    loader = DIGITS.train.loader(64)
+    plain = fit_posterior(model, loader, curvature=method).curvature
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = fit_posterior(model, loader, curvature=method).curvature
+    assert mixed.loss == pytest.approx(plain.loss, rel=0.01)
+    for name, diag in mixed.diag.items():
+        assert diag.dtype == torch.float32
+        assert (diag - plain.diag[name]).norm() < 0.1 * plain.diag[name].norm()
+
+
+def test_precision_is_the_recipe_s_in_one_process_after_another(monkeypatch):
+    assert accelerator(BFLOAT16).mixed_precision == "bf16"
+    here = accelerator(Arithmetic(precision="auto"))
+    assert here.mixed_precision == ("bf16" if torch.cuda.is_available() else "no")
+    assert accelerator().mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(TrainingError, match=r"launched with mixed precision 'fp16'.*arithmetic"):
+        accelerator()
+
+
+def test_a_resumed_training_repeats_its_arithmetic(tmp_path, monkeypatch):
+    arithmetic = Arithmetic(precision="bf16", channels_last=True)
+    monkeypatch.setattr("spamprune.engine.fit.CHECKPOINT_SECONDS", 0)
+    whole, first, second = convolutional(), convolutional(), convolutional()
+    train_digits(whole, arithmetic, epochs=4)
+    assert whole[3].weight.is_contiguous(memory_format=torch.channels_last)
+    path = tmp_path / "c.safetensors"
+    train_digits(first, arithmetic, epochs=2, checkpoint=path)
+    train_digits(second, arithmetic, epochs=4, checkpoint=path)
+    for a, b in zip(whole.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)

@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from timm.models import get_pretrained_cfg
 
 import spamprune as sp
 from spamprune import models
 from spamprune.data import DataSet, load
 from spamprune.engine import network
+from spamprune.engine.bench import initial_model, load_data
 from spamprune.errors import ArtifactError, DataError, ModelError
+from spamprune.recipe.schema import Recipe
 from tests.data.conftest import image_root  # noqa: F401  a fixture
 
 
@@ -125,3 +128,113 @@ def test_what_is_wrong_is_named(digits: DataSet, tmp_path: Path) -> None:
         network.find("test_resnet", digits, random=True, weights=tmp_path)
     with pytest.raises(ModelError, match="does not fit"):
         network.fit_data(network.Network(models.create("lenet")), digits)
+
+
+def test_a_recipe_starts_from_a_safetensors_file(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = models.create("test_resnet", num_classes=7, in_chans=1)
+    path = tmp_path / "w.safetensors"
+    save_file(model.state_dict(), path)
+    same = network.start("test_resnet", {"num_classes": 7, "in_chans": 1}, str(path))
+    assert all(torch.equal(t, model.state_dict()[k]) for k, t in same.state_dict().items())
+    kwargs = {"num_classes": 10, "in_chans": 1}
+    torch.manual_seed(5)
+    fresh = models.create("test_resnet", **kwargs)
+    torch.manual_seed(5)
+    other = network.start("test_resnet", kwargs, str(path))
+    for key, tensor in other.state_dict().items():
+        wanted = fresh if key.startswith("fc.") else model
+        assert torch.equal(tensor, wanted.state_dict()[key]), key
+    with pytest.raises(ModelError, match=r"conv1\.0\.weight' is \(16, 1, 3, 3\) there"):
+        network.start("test_resnet", {"num_classes": 10}, str(path))
+    with pytest.raises(ModelError, match=r"no\.safetensors cannot be read"):
+        network.start("test_resnet", kwargs, str(tmp_path / "no.safetensors"))
+    torch.save(model.state_dict(), tmp_path / "pickle.bin")
+    with pytest.raises(ModelError, match=r"pickle\.bin cannot be read"):
+        network.start("test_resnet", kwargs, str(tmp_path / "pickle.bin"))
+
+
+def test_a_recipe_starts_from_an_artifact(tmp_path: Path) -> None:
+    model = models.create("lenet")
+    sp.save(model, tmp_path / "a")
+    same = network.start("lenet", {"num_classes": 3}, str(tmp_path / "a")).state_dict()
+    head = [key for key, tensor in same.items() if tensor.shape[0] == 3]
+    assert len(head) == 2
+    assert all(torch.equal(same[k], t) for k, t in model.state_dict().items() if k not in head)
+    with pytest.raises(ArtifactError, match="is missing"):
+        network.start("lenet", {}, str(tmp_path))
+
+
+def test_published_weights_are_adapted_to_classes_and_channels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(3)
+    weights = models.create("test_resnet").state_dict()
+    path = tmp_path / "model.safetensors"
+    save_file(weights, path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(path))
+    found = network.start("test_resnet", {"num_classes": 10, "in_chans": 1}, "pretrained")
+    state = found.state_dict()
+    assert state["fc.weight"].shape[0] == 10
+    torch.testing.assert_close(state["conv1.0.weight"], weights["conv1.0.weight"].sum(1, True))
+    rest = [k for k in state if not k.startswith(("fc.", "conv1.0."))]
+    assert all(torch.equal(state[k], weights[k]) for k in rest)
+    assert models.source_of(found) == models.Source(
+        "test_resnet", {"num_classes": 10, "in_chans": 1}
+    )
+
+
+def test_published_weights_that_may_be_pickles_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def download(*_: str) -> str:
+        raise AssertionError("nothing is fetched")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    settings = get_pretrained_cfg("test_resnet")
+    pickled = replace(settings, hf_hub_filename="open_clip_pytorch_model.bin")
+    monkeypatch.setattr("timm.models.get_pretrained_cfg", lambda _: pickled)
+    with pytest.raises(ModelError, match=r"\.bin, which may hold pickles: give model\.weights"):
+        network.start("test_resnet", {}, "pretrained")
+
+
+def test_a_recipe_s_folder_of_images_is_prepared_for_published_weights(
+    image_root: Path,  # noqa: F811
+) -> None:
+    def of(weights: str | None) -> DataSet:
+        return load_data(
+            Recipe.model_validate(
+                {
+                    "name": "transfer",
+                    "data": {
+                        "name": "image_folder",
+                        "root": str(image_root),
+                        "image_size": 64,
+                        "validation": 0,
+                    },
+                    "model": {"name": "vit_tiny_patch16_224", "weights": weights},
+                    "train": {"map": {"method": "map"}},
+                }
+            )
+        )
+
+    fresh, published = of(None).preprocessing, of("pretrained").preprocessing
+    assert fresh is not None
+    assert published is not None
+    assert published["input_size"] == fresh["input_size"] == (3, 64, 64)
+    assert published["mean"] == (0.5, 0.5, 0.5)
+    assert published["crop_pct"] == 0.9
+
+
+@pytest.mark.parametrize("weights", [None, "pretrained"])
+def test_arguments_cannot_name_weights(weights: str | None) -> None:
+    found = Recipe.model_validate(
+        {
+            "name": "transfer",
+            "data": {"name": "digits"},
+            "model": {"name": "resnet18", "kwargs": {"pretrained": True}, "weights": weights},
+            "train": {"map": {"method": "map"}},
+        }
+    )
+    with pytest.raises(ModelError, match=r"model\.kwargs has 'pretrained'.*model\.weights"):
+        initial_model(found, 0)

@@ -58,6 +58,23 @@ CASES = {
         (1, 8, 8),
     ),
     "mixer_mnist": Case(GREY, 280_940, 10, {"img_size": 8, "embed_dim": 16}, (1, 8, 8)),
+    "bmr_mlp": Case(GREY, 1_149_010, 10, {"in_features": 16, "widths": (12, 10)}, (1, 4, 4)),
+    "bmr_lenet": Case(
+        GREY, 61_706, 10, {"img_size": 8, "kernel": 3, "widths": (4, 6, 12, 10)}, (1, 8, 8)
+    ),
+    "bmr_lenet_cifar": Case(
+        COLOUR, 550_362, 10, {"img_size": 10, "kernel": 3, "widths": (4, 6, 12, 10)}, (3, 10, 10)
+    ),
+    "bmr_vit": Case(
+        GREY,
+        3_183_114,
+        10,
+        {"img_size": 8, "embed_dim": 16, "num_heads": 4, "depth": 2},
+        (1, 8, 8),
+    ),
+    "bmr_mixer": Case(
+        GREY, 1_895_472, 10, {"img_size": 8, "embed_dim": 16, "num_blocks": 2}, (1, 8, 8)
+    ),
     "resnet18_cifar": Case(
         COLOUR, 11_173_962, 10, {"layers": (1, 1, 1, 1), "channels": (64, 8, 8, 8)}
     ),

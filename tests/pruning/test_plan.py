@@ -54,7 +54,7 @@ def stored_bytes(model):
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
-@pytest.mark.parametrize("ranking", ["uniform", "global", "isomorphic"])
+@pytest.mark.parametrize("ranking", ["uniform", "global", "per_cost", "isomorphic"])
 @pytest.mark.parametrize(
     "target",
     [
@@ -152,6 +152,42 @@ def test_a_coarse_step_below_the_budget_is_noted(network):
     assert any("nearest step below 0.1" in note for note in found.notes)
 
 
+def test_per_cost_ranks_by_importance_over_what_a_unit_saves():
+    """A unit of layer 0 saves 16 MACs and one of layer 2 saves 12; what they cost alternates."""
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    values = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    values["0.bias"], values["2.bias"] = (
+        16 * torch.arange(1.0, 17, 2),
+        12 * torch.arange(2.0, 13, 2),
+    )
+    by_ranking = {
+        ranking: plan(model, torch.randn(1, 10), values, Target(macs=0.6), ranking=ranking)
+        for ranking in ("per_cost", "global")
+    }
+    assert {r: found.widths() for r, found in by_ranking.items()} == {
+        "per_cost": {"0": 5, "2": 4},
+        "global": {"0": 6, "2": 3},
+    }
+    assert [g.pruned for g in by_ranking["per_cost"].groups] == [(0, 1, 2), (0, 1)]
+    assert (
+        plan(model, torch.randn(1, 10), values, Target(ratio=0.5), ranking="per_cost").widths()
+        == plan(model, torch.randn(1, 10), values, Target(ratio=0.5), ranking="global").widths()
+    )
+
+
+@pytest.mark.parametrize("ranking", ["global", "per_cost"])
+def test_a_costly_unit_that_goes_last_gives_back_what_went_before_it(network, ranking):
+    """A filter of conv1 is 6 % of LeNet's MACs: once one goes, the other layers need not all."""
+    values = {n: torch.full_like(p, 1e-3) for n, p in network.named_parameters()}
+    values["conv1.weight"] = torch.arange(1.0, 7.0).view(6, 1, 1, 1).expand(6, 1, 5, 5) * 1e3
+    found = plan(network, image(), values, Target(macs=0.38), ranking=ranking)
+    assert found.widths()["conv1"] == 5
+    assert sum(found.widths().values()) > 5 + 3  # the others are not at their minimum
+    assert 0.36 < found.achieved["macs"] <= 0.38
+    small = apply(network, found)
+    assert found.achieved["macs"] == cost.macs(small, image()) / cost.macs(network, image())
+
+
 def test_layer_norms_over_pruned_units_are_not_compared():
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -227,7 +263,7 @@ def photo():
 
 
 @pytest.mark.parametrize("key", ["macs", "params", "bytes"])
-@pytest.mark.parametrize("ranking", ["uniform", "global", "isomorphic"])
+@pytest.mark.parametrize("ranking", ["uniform", "global", "per_cost", "isomorphic"])
 @pytest.mark.parametrize("kinds", [("hidden",), ("heads", "groups", "width", "hidden")])
 def test_budgets_are_those_of_the_compacted_network(key, ranking, kinds):
     model, example = blocks(), photo()

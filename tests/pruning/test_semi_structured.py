@@ -69,8 +69,8 @@ def test_what_has_no_fours_is_left_whole_and_named():
     model = lenet()
     masks, notes = semi_structured_masks(model, _scores(model))
     assert notes == [
-        "conv1.weight: left whole: 25 inputs are no multiple of four",
-        "conv2.weight: left whole: 54 inputs are no multiple of four",
+        "conv1.weight: left whole: 25 inputs are no multiple of 4",
+        "conv2.weight: left whole: 54 inputs are no multiple of 4",
     ]
     whole = {"conv1.weight", "conv2.weight"} | {n for n in masks if n.endswith("bias")}
     assert {n for n, mask in masks.items() if mask.all()} == whole

@@ -93,7 +93,7 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
         (
             "kind: structured\n    targets",
             "targets",
-            "r.yaml:20: prune.1.kind: missing, valid: structured, unstructured",
+            "r.yaml:20: prune.1.kind: missing, valid: semi_structured, ",
         ),
         # names that other parts of spamprune know
         (

@@ -39,6 +39,8 @@ def test_what_is_written(two_runs: list[str], tmp_path: Path) -> None:
     assert written == {
         "comparison.md",
         "comparison.csv",
+        "training.svg",
+        "finetuning-0.svg",
         "sparsity-0-pruned.svg",
         "sparsity-0-finetuned.svg",
         "cost-1.svg",
@@ -164,5 +166,6 @@ def test_seeds_that_differ_within_a_row_are_said(make_run: MakeRun) -> None:
 
 def test_dense_networks_alone(make_run: MakeRun, make_results: Callable[..., Results]) -> None:
     path = compare([make_run("a", masked=False, compacted=False)], "out")
-    assert {file.name for file in path.parent.iterdir()} == {"comparison.md", "comparison.csv"}
+    written = {file.name for file in path.parent.iterdir()}
+    assert written == {"comparison.md", "comparison.csv", "training.svg"}
     assert len(tables(path.read_text(encoding="utf-8"))) == 2

@@ -60,6 +60,7 @@ def test_page_says_what_was_measured(run: Path) -> None:
         "training",
         "unstructured-0-pruned",
         "unstructured-0-finetuned",
+        "finetuning-0",
         "structured-1",
         "precisions",
         "filter_banks",
@@ -163,7 +164,7 @@ def test_page_in_a_browser(run: Path, tmp_path: Path, width: int, scheme: str) -
     assert problems == []
     # a picture inside a figure is part of the file
     assert [url for url in requests if not url.startswith("data:")] == [page_path.as_uri()]
-    assert len(boxes) == 6
+    assert len(boxes) == 7
     assert all(visible)
     assert all(box and box["width"] > 300 and box["height"] > 100 for box in boxes)
     assert widths[0] == widths[1]

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -11,15 +10,9 @@ from spamprune.report.plots import cost_accuracy, sparsity_curves, training_curv
 from spamprune.report.results import Results
 from spamprune.report.style import GREY, criterion_markers, training_colours
 from spamprune.report.weights import filter_banks, precision_histograms, varied
+from tests.report.drawings import words_in
 
 MANY = ("opd", "magnitude", "snip", "grasp", "synflow", "a plug-in")
-
-
-def _texts(svg: str) -> set[str]:
-    """Return what the figure says; fails unless it is XML."""
-    root = ElementTree.fromstring(svg)
-    assert root.tag.endswith("svg")
-    return {"".join(e.itertext()).strip() for e in root.iter() if e.tag.endswith("}text")}
 
 
 @pytest.mark.parametrize(
@@ -37,36 +30,36 @@ def test_figures_name_what_they_show(
     results = make_results(**how)
     trainings = {cell.training for cell in results.cells}
     criteria = set(how.get("criteria", ("opd", "magnitude")))
-    assert trainings <= _texts(training_curves(results))
+    assert trainings <= words_in(training_curves(results))
     for stage in ("pruned", "finetuned"):
-        texts = _texts(sparsity_curves(results, 0, stage))
+        texts = words_in(sparsity_curves(results, 0, stage))
         assert criteria <= texts
         assert {"80", "99", "unpruned"} <= texts
         if len(trainings) > 1:
             assert all(any(text.startswith(name) for text in texts) for name in trainings)
-    texts = _texts(cost_accuracy(results, 1))
+    texts = words_in(cost_accuracy(results, 1))
     assert criteria | {"fine-tuned", "just pruned", "trained from scratch", "unpruned"} <= texts
     assert any("× fewer" in text for text in texts)
 
 
 def test_evidence_is_drawn_only_where_it_was_measured(make_results: Callable[..., Results]) -> None:
-    assert "Log evidence / nats" in _texts(training_curves(make_results()))
-    assert "Log evidence / nats" not in _texts(training_curves(make_results({"a": "map"})))
+    assert "Log evidence / nats" in words_in(training_curves(make_results()))
+    assert "Log evidence / nats" not in words_in(training_curves(make_results({"a": "map"})))
 
 
 def test_one_epoch_and_one_sparsity(make_results: Callable[..., Results]) -> None:
     results = make_results(seeds=1, epochs=1)
     for cell in results.cells:
         cell.masked = [m for m in cell.masked if m.requested == 0.9]
-    _texts(training_curves(results))
-    assert "90" in _texts(sparsity_curves(results, 0, "pruned"))
+    words_in(training_curves(results))
+    assert "90" in words_in(sparsity_curves(results, 0, "pruned"))
 
 
 def test_numbers_that_are_none(make_results: Callable[..., Results]) -> None:
     results = make_results(seeds=1)
     results.cells[0].masked[-1].pruned.nll = float("nan")
     results.cells[0].masked[-2].pruned.nll = float("inf")
-    _texts(sparsity_curves(results, 0, "pruned"))
+    words_in(sparsity_curves(results, 0, "pruned"))
 
 
 def test_figures_are_deterministic(make_results: Callable[..., Results]) -> None:
@@ -92,7 +85,7 @@ def test_constant_precisions_have_no_histogram() -> None:
 def test_precision_histograms() -> None:
     generator = torch.Generator().manual_seed(0)
     deltas = {f"layer{i}.weight": torch.rand(30 - i, generator=generator) + 0.1 for i in range(26)}
-    texts = _texts(precision_histograms({"spam": deltas}, {"spam": "#0072b2"}))
+    texts = words_in(precision_histograms({"spam": deltas}, {"spam": "#0072b2"}))
     assert "layer0.weight  (30)".replace("  ", " ") in {" ".join(t.split()) for t in texts}
     assert not any(text.startswith("layer25") for text in texts)  # only the largest 24
 
@@ -105,6 +98,6 @@ def test_filter_banks() -> None:
         ("conv", {"dense": weight, "masked": masked, "compacted": masked[[0, 2]]}),
         ("gone", {"dense": torch.ones(4, 4), "masked": torch.zeros(4, 4), "compacted": None}),
     ]
-    texts = _texts(filter_banks(banks))
+    texts = words_in(filter_banks(banks))
     assert {"conv", "gone", "Trained", "Masked", "Compacted", "exactly zero"} <= texts
     assert {"3 × 6", "3 × 6, 66.7 % nonzero", "2 × 6", "4 × 4, 0 % nonzero"} <= texts

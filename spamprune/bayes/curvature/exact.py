@@ -10,7 +10,7 @@ on a few samples of the data before the pass begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
@@ -28,7 +28,7 @@ from spamprune.bayes.curvature.batches import (
 )
 from spamprune.bayes.curvature.directions import Directions, generator_of
 from spamprune.bayes.curvature.operations import Term
-from spamprune.bayes.curvature.passes import Pass, Plan
+from spamprune.bayes.curvature.passes import Pass, Plan, streamed
 from spamprune.bayes.curvature.probe import few, jittered, probe
 from spamprune.bayes.curvature.squares import at_least_single, slices, sum_of_squares, zero_total
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
@@ -228,12 +228,8 @@ class Squares:
         if not names:
             return
         parameters = [self._parameters[name] for name in names]
-        rows = single_gradients(model, inputs, targets, parameters, directions)
-        for row in rows:
-            for name, gradient in zip(names, row, strict=True):
-                if gradient is not None:
-                    gradient = at_least_single(gradient.to_dense())
-                    self.totals[name].addcmul_(gradient, gradient)
+        totals = [self.totals[name] for name in names]
+        add_single_squares(model, inputs, targets, parameters, directions, totals)
 
     def how(self) -> dict[str, str]:
         """Return, for each parameter, in words, how its squares were got."""
@@ -269,21 +265,39 @@ def _through(
             yield name, at_least_single(gradient)
 
 
-def single_gradients(
+def add_single_squares(
     model: nn.Module,
     inputs: Tensor,
     targets: Tensor,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     directions: Directions,
-) -> Iterator[tuple[Tensor | None, ...]]:
-    """Yield gradients one sample (and root) at a time: slow, and right for anything."""
-    for x, y in zip(inputs.split(1), targets.split(1), strict=True):
-        outputs = model(doubled(x))[:1]
-        losses = directions.likelihood.losses(outputs, y)
-        for objective, gradient, last in directions.of(outputs, losses, y):
-            yield torch.autograd.grad(
-                objective, parameters, gradient, retain_graph=not last, allow_unused=True
-            )
+    totals: Sequence[Tensor],
+    sign: float = 1,
+) -> None:
+    """Add squared gradients of one sample (and root) at a time: slow, and right for anything.
+
+    Args:
+        model: In evaluation mode.
+        inputs: A batch.
+        targets: Of the batch.
+        parameters: Whose squares are asked for.
+        directions: Along which gradients are taken.
+        totals: Of each parameter, added to.
+        sign: −1 takes the squares off instead.
+    """
+
+    def consume(index: int, gradient: Tensor) -> None:
+        gradient = at_least_single(gradient)
+        totals[index].addcmul_(gradient, gradient, value=sign)
+
+    with streamed(parameters, consume):
+        for x, y in zip(inputs.split(1), targets.split(1), strict=True):
+            outputs = model(doubled(x))[:1]
+            losses = directions.likelihood.losses(outputs, y)
+            for objective, gradient, last in directions.of(outputs, losses, y):
+                torch.autograd.grad(
+                    objective, parameters, gradient, retain_graph=not last, allow_unused=True
+                )
 
 
 def checked_plan(
@@ -310,11 +324,8 @@ def checked_plan(
         forward.close()
         sums.finish()
         scales = {name: total.max() for name, total in sums.totals.items() if total.numel()}
-        for row in single_gradients(model, *first, list(parameters.values()), fisher):
-            for name, gradient in zip(parameters, row, strict=True):
-                if gradient is not None:
-                    gradient = at_least_single(gradient.to_dense())
-                    sums.totals[name].addcmul_(gradient, gradient, value=-1)
+        leaves, totals = list(parameters.values()), list(sums.totals.values())
+        add_single_squares(model, *first, leaves, fisher, totals, sign=-1)
     largest = max(scales.values())
     loops = set(plan.loops)
     for name, scale in scales.items():

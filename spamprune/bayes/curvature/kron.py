@@ -9,6 +9,7 @@ uses taken for further positions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -26,15 +27,20 @@ from spamprune.bayes.curvature.blocks import Kronecker
 from spamprune.bayes.curvature.directions import Directions, generator_of
 from spamprune.bayes.curvature.exact import Squares, summed
 from spamprune.bayes.curvature.operations import Term
+from spamprune.bayes.curvature.outer import (
+    Inputs,
+    add_products,
+    inputs_of,
+    mirror,
+    pieces,
+    whole,
+)
 from spamprune.bayes.curvature.passes import Plan
-from spamprune.bayes.curvature.rules import MatrixRule, Shift
-from spamprune.bayes.curvature.squares import COLUMNS, at_least_single, slices
+from spamprune.bayes.curvature.rules import Convolution, Linear, Shift
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
 
-#: Side of the blocks in which the symmetric matrix of the inputs is computed.
-_BLOCK = 256
 _OPERATIONS = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 
 
@@ -96,13 +102,16 @@ class Factors(Squares):
         super().__init__(parameters, plan)
         self._rest = rest
         self._outputs: dict[str, Tensor] = {}
-        # upper triangles, apart where images of several sizes leave out different inputs
-        self._inputs: dict[tuple[str, MatrixRule], Tensor] = {}
+        # apart where images of several sizes leave out different inputs
+        self._inputs: dict[tuple[str, Linear | Convolution, torch.Size], Inputs] = {}
         self._whole: dict[str, Tensor] = {}
         self._positions: dict[str, int] = {}
         self._names: set[str] = set()
+        self._uses: Counter[str] = Counter()
         self._with_inputs: set[int] = set()
-        self._latest: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, str] | None = None
+        # a bias beside the weight that has the same factor of the outputs
+        self._same: dict[str, str] = {}
 
     def prepare(self, terms: list[Term]) -> None:
         """Tell the parameters that have factors from those that need squares."""
@@ -112,6 +121,7 @@ class Factors(Squares):
         for term, fits in zip(terms, fitting, strict=True):
             names -= set() if fits else term.origins
         self._names = names
+        self._uses.update(name for term in terms for name in term.origins)
         self.totals = {
             name: total
             for name, total in self.totals.items()
@@ -123,7 +133,7 @@ class Factors(Squares):
         return (
             term.operation in _OPERATIONS
             and term.target is self._parameters[name]
-            and isinstance(term.rule, (MatrixRule, Shift))
+            and isinstance(term.rule, (Linear, Convolution, Shift))
         )
 
     def add_batch(self, *args: Any) -> Tensor:
@@ -137,33 +147,36 @@ class Factors(Squares):
         if name not in self._names:
             if self._rest == "diagonal":
                 super().receive(term, gradient)
-        elif isinstance(term.rule, MatrixRule):
-            outputs = self._add_matrices(name, term, term.rule, gradient)
-            self._latest = gradient, outputs
-        else:
-            if self._latest is None or self._latest[0] is not gradient:
-                features = -1 if term.operation == "linear" else 2
-                rows = at_least_single(gradient).movedim(features, 0).flatten(1)
-                self._latest = gradient, (rows @ rows.mT)[None]
-            _add(self._outputs, name, self._latest[1])
+            return
+        rule, groups = term.rule, 1
+        if isinstance(rule, (Linear, Convolution)):
+            groups = getattr(rule, "groups", 1)
+            self._add_inputs(name, rule, term, gradient)
+        elif self._latest is not None and self._latest[0] is gradient:
+            weight = self._latest[1]
+            if self._uses[name] == self._uses[weight] == 1:
+                self._same[name] = weight
+                return
+        self._latest = gradient, name
+        axis = -1 if term.operation == "linear" else 2
+        for piece in pieces(gradient, 1):
+            rows = piece.movedim(axis, 0).reshape(groups, gradient.shape[axis] // groups, -1)
+            self._outputs[name] = add_products(self._outputs.get(name), rows)
 
-    def _add_matrices(self, name: str, term: Term, rule: MatrixRule, gradient: Tensor) -> Tensor:
-        """Add a weight's outer products and return those of the outputs' gradients."""
-        data = term.data[0]
-        # inputs are the same in each backward pass of a batch
-        first = id(term) not in self._with_inputs
+    def _add_inputs(
+        self, name: str, rule: Linear | Convolution, term: Term, gradient: Tensor
+    ) -> None:
+        """Add a weight's inputs, which are the same in each backward pass of a batch."""
+        if id(term) in self._with_inputs:
+            return
         self._with_inputs.add(id(term))
-        outputs = gradient.new_zeros(())
-        width = rule.copies * data[0].numel() * gradient.element_size()
-        for part in slices(len(data), width, COLUMNS):
-            pair = at_least_single(gradient[part]), at_least_single(data[part])
-            rows, columns = rule.matrices(*pair, together=True)
-            outputs = outputs + rows @ rows.mT
-            if first:
-                _add_outer(self._inputs, (name, rule), columns)
-                self._positions[name] = self._positions.get(name, 0) + columns.shape[-1]
-        _add(self._outputs, name, outputs)
-        return outputs
+        (data,) = term.data
+        key = name, rule, data.shape[2:] if isinstance(rule, Convolution) else torch.Size()
+        if key not in self._inputs:
+            self._inputs[key] = inputs_of(rule, data)
+        self._inputs[key].add(data)
+        positions = gradient.numel() // len(term.target)
+        self._positions[name] = self._positions.get(name, 0) + positions
 
     def sum_over_processes(self) -> None:
         """Add what the other processes saw.
@@ -179,9 +192,10 @@ class Factors(Squares):
                 "the processes do not agree on which parameters have Kronecker factors: each needs "
                 "data of its own, of the same kind"
             )
-        for name, rule in list(self._inputs):
-            upper = self._inputs.pop((name, rule))
-            _add(self._whole, name, _mirrored(upper, rule))
+        for key in list(self._inputs):
+            name, rule, _ = key
+            found = whole(rule, self._inputs.pop(key).total())
+            self._whole[name] = self._whole[name].add_(found) if name in self._whole else found
         names = sorted(self._positions)
         counts = torch.tensor([self._positions[n] for n in names], dtype=torch.float64)
         counts = counts.to(device)
@@ -191,38 +205,18 @@ class Factors(Squares):
 
     def blocks(self, scale: float) -> dict[str, Kronecker]:
         """Return the factors, the outputs' scaled to the data set, the inputs' a mean."""
+        for outputs in self._outputs.values():
+            mirror(outputs).mul_(scale)
+        for name, inputs in self._whole.items():
+            inputs.div_(self._positions[name])
+        factors = self._outputs | {b: self._outputs[w].clone() for b, w in self._same.items()}
         return {
-            name: Kronecker(
-                outputs * scale,
-                self._whole[name] / self._positions[name] if name in self._whole else None,
-                tuple(self._parameters[name].shape),
-            )
-            for name, outputs in self._outputs.items()
+            name: Kronecker(outputs, self._whole.get(name), tuple(self._parameters[name].shape))
+            for name, outputs in factors.items()
         }
 
     def how(self) -> dict[str, str]:
         """Return, for each parameter, in words, how its curvature was got."""
         words = super().how()
-        return words | {name: words[name].replace("exact", "kron") for name in self._outputs}
-
-
-def _mirrored(upper: Tensor, rule: MatrixRule) -> Tensor:
-    """Mirror an upper triangle, and fill in the inputs that are always zero."""
-    return rule.restore(rule.restore(upper.triu() + upper.triu(1).mT).mT)
-
-
-def _add_outer(
-    totals: dict[tuple[str, MatrixRule], Tensor], key: tuple[str, MatrixRule], columns: Tensor
-) -> None:
-    """Add ``columns columnsᵀ``, of large matrices only the blocks at and above the diagonal."""
-    groups, features, _ = columns.shape
-    if key not in totals:
-        totals[key] = columns.new_zeros(groups, features, features)
-    for start in range(0, features, _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        here = totals[key][:, rows, start:]
-        here.baddbmm_(columns[:, rows], columns[:, start:].mT)
-
-
-def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
-    totals[name] = totals[name].add_(value) if name in totals else value.clone()
+        found = [*self._outputs, *self._same]
+        return words | {name: words[name].replace("exact", "kron") for name in found}

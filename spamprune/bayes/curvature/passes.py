@@ -6,8 +6,10 @@ operations and no further: no ordinary weight gradient is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -170,6 +172,31 @@ class Pass:
             hook.remove()
         self._hooks.clear()
         self._ends.clear()
+
+
+@contextmanager
+def streamed(
+    parameters: Sequence[Tensor], consume: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Within, hand over each parameter's gradient as soon as it is there, and keep none of them.
+
+    Args:
+        parameters: Leaves that backward passes are for.
+        consume: Takes the index of one and its gradient, dense.
+    """
+
+    def take(index: int, gradient: Tensor) -> Tensor:
+        consume(index, gradient.to_dense())  # an embedding's may be sparse
+        if gradient.is_sparse:
+            return torch.zeros_like(gradient)
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    hooks = [p.register_hook(partial(take, index)) for index, p in enumerate(parameters)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _outputs(use: Use) -> list[Tensor]:

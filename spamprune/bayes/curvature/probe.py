@@ -19,21 +19,27 @@ from spamprune.errors import PosteriorError
 #: Samples of a probe: a size that no other axis of common networks has.
 _SAMPLES = 5
 _CHANGED = 2
+#: Elements up to which a tensor may be a scale near zero, with one number for many weights.
+_SMALL = 2**16
 
 
 @contextmanager
 def jittered(parameters: Mapping[str, Tensor], seed: int = 0) -> Iterator[None]:
-    """Add noise to parameters and take it off again: zeros would hide what lies behind them."""
-    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    """Add noise to parameters and take it off again: zeros would hide what lies behind them.
+
+    Large tensors without zeros hide nothing and stay as they are.
+    """
+    hiding = [p for p in parameters.values() if p.numel() <= _SMALL or not p.all()]
+    kept = [p.detach().clone() for p in hiding]
     try:
-        for i, p in enumerate(parameters.values()):
+        for i, p in enumerate(hiding):
             generator = torch.Generator(device=p.device).manual_seed(seed + i)
             noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
             p.data.add_(noise, alpha=0.02)  # .data: graphs that hold p may still go backward
         yield
     finally:
-        for name, p in parameters.items():
-            p.data.copy_(kept[name])
+        for p, before in zip(hiding, kept, strict=True):
+            p.data.copy_(before)
 
 
 def few(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

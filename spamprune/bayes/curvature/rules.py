@@ -39,14 +39,8 @@ class MatrixRule(Rule, Protocol):
     @property
     def copies(self) -> int: ...  # noqa: D102
 
-    def matrices(
-        self, gradient: Tensor, *data: Tensor, together: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return rows (samples, groups, out, T) and columns (samples, groups, in, T).
-
-        With ``together`` the samples' positions are laid side by side: (groups, out, samples·T) and
-        (groups, in, samples·T).
-        """
+    def matrices(self, gradient: Tensor, *data: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows (samples, groups, out, T) and columns (samples, groups, in, T)."""
         ...
 
     def restore(self, found: Tensor) -> Tensor:
@@ -99,16 +93,14 @@ class Linear:
 
     copies = 1
 
-    def matrices(
-        self, gradient: Tensor, *data: Tensor, together: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def matrices(self, gradient: Tensor, *data: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs' gradients and inputs, tokens as positions."""
-        pair = (gradient, data[0])
-        if together:
-            rows, columns = (x.reshape(1, -1, x.shape[-1]) for x in pair)
-        else:
-            rows, columns = (x.reshape(len(x), 1, -1, x.shape[-1]) for x in pair)
+        rows, columns = (x.reshape(len(x), 1, -1, x.shape[-1]) for x in (gradient, data[0]))
         return rows.mT, columns.mT
+
+    def columns(self, data: Tensor) -> Tensor:
+        """Return the inputs of all samples side by side: (1, in, samples · tokens)."""
+        return data.reshape(1, -1, data.shape[-1]).mT
 
     def restore(self, found: Tensor) -> Tensor:
         """Return what is given: no input is left out."""
@@ -150,12 +142,12 @@ class Convolution:
         """Give the kernel's elements that only meet padding their zeros."""
         if not any(map(any, self.margins)):
             return found
-        return _pad(found.unflatten(-1, (-1, *self.kernel)), self.margins).flatten(found.dim() - 1)
+        return pad(found.unflatten(-1, (-1, *self.kernel)), self.margins).flatten(found.dim() - 1)
 
     def windows(self, images: Tensor) -> Tensor:
         """Return what the kernel sees at each position: (n, in, *kernel, *positions)."""
         dims = len(self.kernel)
-        images = _pad(images, self.padding)
+        images = pad(images, self.padding)
         for axis in range(dims):
             span = self.dilation[axis] * (self.kernel[axis] - 1) + 1
             images = images.unfold(2 + axis, span, self.stride[axis])
@@ -163,21 +155,19 @@ class Convolution:
         images = images[tuple(index)]
         return images.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
 
-    def matrices(
-        self, gradient: Tensor, *data: Tensor, together: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def columns(self, data: Tensor) -> Tensor:
+        """Return unfolded inputs of all samples side by side: (groups, in, samples · pixels)."""
+        # images next to positions: one copy, in its final order
+        windows = self.windows(data.flatten(0, 1)).movedim(0, -len(self.kernel) - 1)
+        return windows.reshape(self.groups, len(windows) * self.copies // self.groups, -1)
+
+    def matrices(self, gradient: Tensor, *data: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs' gradients and unfolded inputs, output pixels as positions."""
         samples, folded, _, *positions = gradient.shape
         rows, windows = gradient.flatten(0, 1), self.windows(data[0].flatten(0, 1))
         # a transposed convolution's output padding may leave more windows than positions
         index: list[Any] = [..., *(slice(n) for n in positions)]
         windows = windows[tuple(index)]
-        if together:  # images next to positions: one copy, in its final order
-            dims = len(positions)
-            rows = rows.movedim(0, -dims - 1).reshape(self.groups, -1, len(rows), *positions)
-            windows = windows.movedim(0, -dims - 1)
-            windows = windows.reshape(self.groups, -1, len(data[0]) * folded, *positions)
-            return rows.flatten(2), windows.flatten(2)
         pixels = math.prod(positions)
         rows = rows.reshape(samples, folded, self.groups, -1, pixels)
         columns = windows.reshape(samples, folded, self.groups, -1, pixels)
@@ -195,7 +185,7 @@ class Depthwise(Convolution):
 
     def per_sample(self, gradient: Tensor, *data: Tensor) -> Tensor:
         """Call torch's weight gradient, for small images with samples taken for channels."""
-        images = _pad(data[0].flatten(0, 1), self.padding)
+        images = pad(data[0].flatten(0, 1), self.padding)
         samples, folded = gradient.shape[:2]
         gradient = gradient.flatten(0, 1)
         if gradient.dim() == 4 and gradient[0, 0].numel() > _LARGE:
@@ -237,11 +227,9 @@ class Transposed:
         """Return the size of the kernel's window."""
         return self.convolution.copies
 
-    def matrices(
-        self, gradient: Tensor, *data: Tensor, together: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def matrices(self, gradient: Tensor, *data: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs and unfolded outputs' gradients, input pixels as positions."""
-        return self.convolution.matrices(data[0], gradient, together=together)
+        return self.convolution.matrices(data[0], gradient)
 
     def restore(self, found: Tensor) -> Tensor:
         """Return what is given: no element is left out."""
@@ -306,7 +294,7 @@ class Local:
         return torch.stack(rows)
 
 
-def _pad(tensor: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
+def pad(tensor: Tensor, padding: tuple[tuple[int, int], ...]) -> Tensor:
     """Pad the last axes with zeros, before and after; cut where negative."""
     if not any(map(any, padding)):
         return tensor

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from spamprune.bayes.curvature.base import Curvature, Labels
 from spamprune.bayes.curvature.batches import accumulate, doubled, sum_over_processes
 from spamprune.bayes.curvature.directions import generator_of
+from spamprune.bayes.curvature.passes import streamed
 from spamprune.bayes.curvature.squares import zero_total
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
@@ -94,16 +94,11 @@ def sketch(
     used = [0.0] * len(weights)
     share = 1.0
 
-    def consume(index: int, gradient: Tensor) -> Tensor:
-        """Take a gradient as soon as it is there, and leave nothing of its size behind."""
-        dense = gradient.to_dense()  # an embedding's may be sparse
-        sums[index].addcmul_(dense, dense, value=share)
-        squares = _sample(dense).square()
+    def consume(index: int, gradient: Tensor) -> None:
+        sums[index].addcmul_(gradient, gradient, value=share)
+        squares = _sample(gradient).square()
         fourths[index] = squares.dot(squares)
         used[index] = 1.0
-        if gradient.is_sparse:
-            return torch.zeros_like(gradient)
-        return gradient.new_zeros(()).expand_as(gradient)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         nonlocal share
@@ -124,14 +119,10 @@ def sketch(
             variances.add_(torch.stack(fourths), alpha=spread * share**2)
         return losses.detach().sum()
 
-    hooks = [p.register_hook(partial(consume, index)) for index, p in enumerate(weights)]
-    try:
+    with streamed(weights, consume):
         totals = accumulate(
             model, batches, step, likelihood=likelihood, samples=samples, piece=group
         )
-    finally:
-        for hook in hooks:
-            hook.remove()
     uses = torch.tensor(used, device=device)
     sum_over_processes([*sums, variances, uses])
     for name, total in zip(parameters, sums, strict=True):

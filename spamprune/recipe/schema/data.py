@@ -41,3 +41,9 @@ class Model(Section):
     kwargs: dict[str, JsonValue] = Field(
         default_factory=dict, description="Further arguments of `timm.create_model`."
     )
+    weights: str | None = Field(
+        None,
+        description="Trained weights to start with: `pretrained` for those that timm publishes, a "
+        "safetensors file, an artifact's folder or `hf-hub:owner/name`; fresh ones by default. A "
+        "classifier of another number of classes starts fresh.",
+    )

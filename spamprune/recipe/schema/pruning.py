@@ -4,43 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from spamprune.recipe.schema.section import (
-    Distinct,
-    Fraction,
-    OpenFraction,
-    Section,
-    fault,
-    known,
-)
-from spamprune.recipe.schema.training import FineTune, Optimiser
+from spamprune.recipe.schema.section import Distinct, Fraction, Section, distinct, fault, known
+from spamprune.recipe.schema.selection import Criterion, Target, Units
+from spamprune.recipe.schema.training import FineTune, Optimiser, Train, check_prior_step
 
-Criterion = Annotated[str, known("criterion")]
-UnitKind = Literal["heads", "head_dims", "groups", "group_dims", "width", "hidden"]
+#: Scores whole units only, not weights one by one.
+BLOCK_OPD = "block_opd"
+UnitCriterion = Annotated[str, known("criterion", BLOCK_OPD)]
 
 
-class Target(Section):
-    """How small a structured experiment makes the network; exactly one of the fields."""
+def _leaves_out_masked(finetune: FineTune) -> FineTune:
+    if finetune.method == "spam" and finetune.curvature.structure == "kron":
+        raise fault(
+            "Kronecker factors cannot leave out masked weights: use 'diag'",
+            *("curvature", "structure"),
+        )
+    return finetune
 
-    ratio: Fraction | None = Field(None, description="Fraction of units removed.")
-    macs: OpenFraction | None = Field(None, description="Fraction of the MACs that may remain.")
-    params: OpenFraction | None = Field(
-        None, description="Fraction of the parameters that may remain."
-    )
-    bytes: OpenFraction | None = Field(
-        None, description="Fraction of the bytes of parameters and buffers that may remain."
-    )
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Target:
-        fields = list(type(self).model_fields)
-        given = [k for k in fields if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise fault(
-                f"give exactly one of {', '.join(fields)}, not {' and '.join(given) or 'none'}"
-            )
-        return self
+MaskedFineTune = Annotated[FineTune, AfterValidator(_leaves_out_masked)]
 
 
 class Unstructured(Section):
@@ -48,9 +32,14 @@ class Unstructured(Section):
 
     kind: Literal["unstructured"] = Field(description="Which kind of pruning this is.")
     criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
-    sparsities: Distinct[Fraction] = Field(
+    sparsities: Annotated[list[Fraction], AfterValidator(distinct)] = Field(
         [0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99],
         description="Fractions of weights set to zero.",
+    )
+    target: Literal["evidence"] | None = Field(
+        None,
+        description="evidence: also the sparsity of most evidence, found for each network; the "
+        "sparsities may then be [].",
     )
     threshold: Literal["global", "lamp"] = Field(
         "global",
@@ -62,29 +51,69 @@ class Unstructured(Section):
         le=1000,
         description="How often weights are scored on the way to a sparsity; synflow's paper: 100.",
     )
-    finetune: FineTune | None = Field(None, description="Training after pruning; none by default.")
+    trainings: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the trainings this applies to; all by default.",
+    )
+    finetune: MaskedFineTune | None = Field(
+        None, description="Training after pruning; none by default."
+    )
+
+    @model_validator(mode="after")
+    def _some_sparsity(self) -> Unstructured:
+        if not self.sparsities and self.target is None:
+            raise fault("give at least one, or target: evidence", "sparsities")
+        if self.target is not None and self.rounds > 1:
+            raise fault("rounds lead to a sparsity that is given: leave target out", "target")
+        return self
 
 
-class Structured(Section):
+class SemiStructured(Section):
+    """N:M masks: of each M weights along the input dimension the N best stay."""
+
+    kind: Literal["semi_structured"] = Field(description="Which kind of pruning this is.")
+    criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
+    n: int = Field(2, ge=1, description="N, the weights of each M that stay.")
+    m: int = Field(4, ge=2, description="M, the size of a group; GPUs compute with 2 of 4.")
+    trainings: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the trainings this applies to; all by default.",
+    )
+    finetune: MaskedFineTune | None = Field(
+        None, description="Training after pruning; none by default."
+    )
+
+    @model_validator(mode="after")
+    def _something_goes(self) -> SemiStructured:
+        if self.n >= self.m:
+            raise fault(f"{self.n} of {self.m} leave nothing out: choose a smaller one", "n")
+        return self
+
+
+class Scratch(Optimiser):
+    """How a pruned architecture is trained from fresh weights."""
+
+    budget: Literal["finetune", "total"] = Field(
+        "finetune",
+        description="finetune: as many epochs as the fine-tuning; total: as many as the training "
+        "and the fine-tuning together.",
+    )
+
+
+class Structured(Units):
     """Units removed for real, coupled layers together."""
 
     kind: Literal["structured"] = Field(description="Which kind of pruning this is.")
-    criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
-    ranking: Literal["uniform", "global", "isomorphic"] = Field(
-        "uniform",
-        description="uniform: the same ratio in each layer (the paper's); global: units compete; "
-        "isomorphic: those of like layers do.",
-    )
-    kinds: Distinct[UnitKind] = Field(
-        ["heads", "groups", "width", "hidden"], description="Which kinds of units may go."
+    criteria: Distinct[UnitCriterion] = Field(
+        ["opd"],
+        description="Scores to prune by, summed over units; block_opd: OPD of whole units, for "
+        "trainings with Kronecker factors.",
     )
     ratios: dict[str, Fraction] = Field(
         default_factory=dict,
         description="Fractions that go from layers of these names or patterns in any case.",
-    )
-    round_to: int = Field(1, ge=1, description="Channels that remain are a multiple of this.")
-    ignored: list[str] = Field(
-        default_factory=list, description="Layers, or patterns, whose outputs stay."
     )
     targets: Distinct[Target] = Field(description="How small the network becomes.")
     trainings: list[str] | None = Field(
@@ -92,24 +121,55 @@ class Structured(Section):
         min_length=1,
         description="Names of the trainings this applies to; all by default.",
     )
-    min_units: int = Field(1, ge=1, description="Units that each layer keeps at least.")
+    recalibrate: bool = Field(
+        False,
+        description="Take the running statistics of BatchNorm anew, on the training data, before "
+        "the pruned network is measured.",
+    )
     finetune: FineTune | None = Field(None, description="Training after pruning; none by default.")
-    scratch: Optimiser | None = Field(
+    scratch: Scratch | None = Field(
         None,
-        description="Also train the pruned architecture from fresh weights, with this optimiser "
-        "and for as long as the fine-tuning takes: the honest baseline.",
+        description="Also train the pruned architecture from fresh weights and without a teacher: "
+        "the honest baseline.",
+    )
+    compensate: bool = Field(
+        False,
+        description="Let the weights that stay make up for those that go, as the posterior says; "
+        "for trainings with Kronecker factors.",
     )
 
     def choices(self) -> dict[str, Any]:
         """Return what ``spamprune.plan`` is told besides scores and target."""
-        names = ("ranking", "kinds", "ratios", "min_units", "round_to", "ignored")
-        return {name: getattr(self, name) for name in names}
+        return {**super().choices(), "ratios": self.ratios}
 
     @model_validator(mode="after")
     def _scratch_needs_finetune(self) -> Structured:
         if self.scratch is not None and self.finetune is None:
             raise fault("it is compared with fine-tuning: give finetune too", "scratch")
+        if self.scratch is not None and self.finetune is not None:
+            check_prior_step(self.scratch, "scratch")
+            epochs = self.finetune.epochs
+            if self.scratch.budget == "finetune" and self.scratch.warmup >= epochs:
+                raise fault(
+                    f"{self.scratch.warmup} of {epochs} epochs leave none at full rate",
+                    *("scratch", "warmup"),
+                )
         return self
 
+    def scratch_epochs(self, training: Train) -> int:
+        """Return how long the pruned architecture of a training is trained from fresh weights."""
+        if self.scratch is None or self.finetune is None:
+            return 0
+        before = training.epochs if self.scratch.budget == "total" else 0
+        return before + self.finetune.epochs
 
-Experiment = Annotated[Unstructured | Structured, Field(discriminator="kind")]
+    def needs_factors(self) -> tuple[str | int, ...] | None:
+        """Return the field that asks for Kronecker factors of the posterior, if one does."""
+        if self.compensate:
+            return ("compensate",)
+        if BLOCK_OPD in self.criteria:
+            return ("criteria", self.criteria.index(BLOCK_OPD))
+        return None
+
+
+Experiment = Annotated[Unstructured | SemiStructured | Structured, Field(discriminator="kind")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -27,6 +27,21 @@ class Evaluate(Section):
     )
 
 
+class Arithmetic(Section):
+    """How numbers are held while weights move; all else is computed in float32."""
+
+    precision: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32",
+        description="bf16: mixed precision, bfloat16 where it is safe (torch.autocast); auto: bf16 "
+        "on a GPU, fp32 on a CPU.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="Keep the weights of 2D convolutions channels-last, as inputs are: faster on a "
+        "GPU in bf16.",
+    )
+
+
 class Recipe(Section):
     """An experiment: train the model in each way, for each seed, prune it, and report."""
 
@@ -42,6 +57,9 @@ class Recipe(Section):
         ge=1,
         le=1024,
         description="CPU threads of each process; part of what makes a run repeatable.",
+    )
+    arithmetic: Arithmetic = Field(
+        default_factory=Arithmetic, description="How numbers are held while weights move."
     )
     data: Data = Field(description="The data set.")
     model: Model = Field(description="The network.")
@@ -63,13 +81,33 @@ class Recipe(Section):
                     f"{name!r} cannot name a training: use letters, digits, - and _", "train", name
                 )
         for i, experiment in enumerate(self.prune):
-            if isinstance(experiment, Structured) and experiment.trainings is not None:
-                for j, name in enumerate(experiment.trainings):
-                    if name not in self.train:
-                        raise fault(
-                            f"no training is called {name!r}: {nearest(name, self.train)}",
-                            *("prune", i, "trainings", j),
-                        )
+            for j, name in enumerate(experiment.trainings or ()):
+                if name not in self.train:
+                    raise fault(
+                        f"no training is called {name!r}: {nearest(name, self.train)}",
+                        *("prune", i, "trainings", j),
+                    )
+            for name in experiment.trainings or self.train:
+                if isinstance(experiment, Structured) and self.train[name].gradual is not None:
+                    raise fault(
+                        f"{name!r} loses its units in training (gradual), and targets are of "
+                        "unpruned networks: name the other trainings",
+                        *("prune", i, "trainings"),
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _factors_are_there(self) -> Recipe:
+        for i, experiment in enumerate(self.prune):
+            field = experiment.needs_factors() if isinstance(experiment, Structured) else None
+            for name in experiment.trainings or self.train:
+                structure = self.train[name].curvature.structure
+                if field is not None and structure != "kron":
+                    raise fault(
+                        f"it needs Kronecker factors, and the curvature of {name!r} is "
+                        f"{structure!r}: name trainings with curvature.structure 'kron'",
+                        *("prune", i, *field),
+                    )
         return self
 
 

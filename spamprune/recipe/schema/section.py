@@ -10,11 +10,14 @@ from pydantic_core import PydanticCustomError
 from spamprune.errors import SpampruneError
 
 
-def known(kind: str) -> AfterValidator:
-    """Look a name up with the function that recipe.load passes in the context, if any."""
+def known(kind: str, *besides: str) -> AfterValidator:
+    """Look a name up with the function that recipe.load passes in the context, if any.
+
+    Names in ``besides`` are known too.
+    """
 
     def check(name: str, info: ValidationInfo) -> str:
-        if info.context:
+        if info.context and name not in besides:
             try:
                 info.context[kind](name)
             except SpampruneError as e:

@@ -7,13 +7,17 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, model_validator
 
 from spamprune.errors import SpampruneError
+from spamprune.recipe.schema.schedules import Gradual, Online
 from spamprune.recipe.schema.section import Section, fault
+from spamprune.recipe.schema.variational import Variational
 
 
 class Optimiser(Section):
     """How weights move."""
 
-    name: Literal["sgd", "adam"] = Field("sgd", description="The optimiser.")
+    name: Literal["sgd", "adam", "adabelief"] = Field(
+        "sgd", description="The optimiser; adabelief for method variational."
+    )
     lr: float = Field(0.1, gt=0, le=1e6, description="Learning rate at the start.")
     min_lr: float = Field(1e-6, ge=0, description="Learning rate at the end of a cosine schedule.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
@@ -40,13 +44,28 @@ def _check_warmup(optimiser: Optimiser, epochs: int) -> None:
         )
 
 
+def check_prior_step(optimiser: Optimiser, *path: str) -> None:
+    """Raise unless a prior can act after the optimiser's steps; ``path`` leads to it."""
+    if optimiser.name == "adabelief":
+        raise fault(
+            "a Gaussian prior acts after the steps of sgd and adam: choose one of them, or method "
+            "'variational'",
+            *(*path, "name"),
+        )
+
+
 class Prior(Section):
     """The Gaussian prior on the weights."""
 
     structure: Literal["scalar", "layerwise", "unitwise", "parameterwise"] = Field(
         "parameterwise", description="How prior precisions are tied."
     )
-    precision: float = Field(1.0, gt=0, description="δ₀, the precision at the start.")
+    precision: float = Field(
+        1.0,
+        gt=0,
+        description="δ₀, the precision at the start. It pulls weights to zero, pretrained ones "
+        "too, by T·δ₀/N of their size per unit of learning rate.",
+    )
 
 
 class Curvature(Section):
@@ -107,22 +126,60 @@ class Evidence(Section):
     )
 
 
-class Train(Section):
-    """One way of training the network."""
+class Loss(Section):
+    """What is minimised besides the prior: the cross-entropy of targets that may be softened."""
 
-    method: Literal["spam", "map"] = Field(
-        "spam", description="spam: the evidence tunes the prior; map: the prior stays as it is."
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Weight of the uniform distribution in the targets, also in those that the "
+        "evidence and the posterior are of.",
+    )
+    mixup: float = Field(
+        0.0,
+        ge=0,
+        description="α of mixup: pairs of samples and of their targets are averaged, with weights "
+        "from Beta(α, α); 0 is off. The evidence and the posterior are of the samples themselves.",
+    )
+    cutmix: float = Field(
+        0.0,
+        ge=0,
+        description="α of CutMix: a rectangle of an image comes from another one; 0 is off. With "
+        "mixup too, each batch has one of the two, with equal odds.",
+    )
+
+
+class Training(Section):
+    """What training and fine-tuning have in common."""
+
+    method: Literal["spam", "map", "variational"] = Field(
+        "spam",
+        description="spam: the evidence tunes the prior; map: the prior stays as it is; "
+        "variational: mean-field inference, with a prior of its own.",
     )
     epochs: int = Field(100, ge=1, description="Passes over the training data.")
     batch_size: int = Field(128, ge=1, le=1_000_000, description="Samples in a step.")
     optimiser: Optimiser = Field(default_factory=Optimiser, description="How weights move.")
+    loss: Loss = Field(default_factory=Loss, description="What is minimised besides the prior.")
+    norms: Literal["train", "frozen"] = Field(
+        "train",
+        description="BatchNorm while weights move. train: normalises by the batch; frozen: by the "
+        "statistics that it has, which stay. Scales and shifts are trained either way.",
+    )
     prior: Prior = Field(default_factory=Prior, description="The Gaussian prior.")
     curvature: Curvature = Field(default_factory=Curvature, description="Of the loss.")
     evidence: Evidence = Field(default_factory=Evidence, description="Tuning of the prior.")
     temperature: float = Field(1.0, gt=0, description="T; larger is sparser.")
 
     @model_validator(mode="after")
-    def _exact_needs_parameterwise(self) -> Train:
+    def _prior_can_act(self) -> Training:
+        if self.method != "variational":
+            check_prior_step(self.optimiser, "optimiser")
+        return self
+
+    @model_validator(mode="after")
+    def _exact_needs_parameterwise(self) -> Training:
         exact = self.method == "spam" and self.evidence.update == "exact"
         if exact and self.prior.structure != "parameterwise":
             raise fault(
@@ -138,12 +195,12 @@ class Train(Section):
         return self
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> Train:
+    def _warmup_ends(self) -> Training:
         _check_warmup(self.optimiser, self.epochs)
         return self
 
     @model_validator(mode="after")
-    def _evidence_falls_due(self) -> Train:
+    def _evidence_falls_due(self) -> Training:
         evidence = self.evidence
         final = min(self.epochs, evidence.last or self.epochs)
         last_due = final - final % evidence.every
@@ -157,17 +214,82 @@ class Train(Section):
         return self
 
 
-class FineTune(Section):
-    """Training after pruning, under a fixed N(0, 1/precision) prior."""
+class Train(Training):
+    """One way of training the network."""
 
+    online: Online | None = Field(
+        None, description="Masks that grow during training; none by default."
+    )
+    gradual: Gradual | None = Field(
+        None, description="Units removed during training; none by default."
+    )
+    variational: Variational | None = Field(
+        None, description="Settings of method variational; its defaults where there are none."
+    )
+
+    def inference(self) -> Variational | None:
+        """Return the settings of method variational, None for other methods."""
+        return (self.variational or Variational()) if self.method == "variational" else None
+
+    @model_validator(mode="after")
+    def _inference_stands_alone(self) -> Train:
+        inference = self.inference()
+        if inference is None:
+            if self.variational is not None:
+                raise fault(f"method {self.method!r} has no use for it", "variational")
+            return self
+        for name in ("prior", "curvature", "evidence", "temperature", "online", "gradual"):
+            field = type(self).model_fields[name]
+            if getattr(self, name) != field.get_default(call_default_factory=True):
+                raise fault("method 'variational' has no use for it: leave it out", name)
+        if inference.reduction is not None:
+            inference.reduction.check(self.epochs, "variational", "reduction")
+        return self
+
+    @model_validator(mode="after")
+    def _cuts_fall_due(self) -> Train:
+        if self.online is not None and self.gradual is not None:
+            raise fault("choose one of online and gradual", "gradual")
+        if self.online is not None:
+            self.online.check(self.epochs, "online")
+            if self.online.hold and self.curvature.structure == "kron":
+                raise fault(
+                    "Kronecker factors cannot leave out single weights: use curvature.structure "
+                    "'diag', or hold: false",
+                    *("online", "hold"),
+                )
+        if self.gradual is not None:
+            self.gradual.check(self.epochs, "gradual")
+        return self
+
+
+class Distil(Section):
+    """Knowledge distillation: the trained network teaches the pruned one (Hinton et al. 2015)."""
+
+    weight: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Weight w of w·T²·KL(teacher ‖ student) + (1-w)·loss, between probabilities "
+        "softened by the temperature T.",
+    )
+    temperature: float = Field(
+        2.0, gt=0, description="T, which divides the logits of both networks."
+    )
+
+
+class FineTune(Training):
+    """Training after pruning, by default under a fixed N(0, 1/prior.precision) prior."""
+
+    method: Literal["spam", "map"] = Field(
+        "map",
+        description="map: the prior stays as it is; spam: the evidence of the weights that are "
+        "left tunes it.",
+    )
     epochs: int = Field(10, ge=1, description="Passes over the training data.")
-    batch_size: int = Field(128, ge=1, le=1_000_000, description="Samples in a step.")
     optimiser: Optimiser = Field(
         default_factory=lambda: Optimiser(lr=0.01), description="How weights move."
     )
-    precision: float = Field(1.0, gt=0, description="Prior precision while fine-tuning.")
-
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> FineTune:
-        _check_warmup(self.optimiser, self.epochs)
-        return self
+    distil: Distil | None = Field(
+        None, description="Learn from the trained network as it was before pruning, too."
+    )

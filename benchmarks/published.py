@@ -1,0 +1,76 @@
+"""Print a table of the SpaM paper with our numbers under its own.
+
+``python benchmarks/published.py TABLE COMPARISON.csv``, where TABLE is 1, 2, 3 or 4 and the CSV is
+what ``spamprune compare`` leaves. Our rows are those of the same criterion, Hessian and prior, on
+whatever data and network the runs were.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+PUBLISHED = Path(__file__).parent / "published" / "spam_tables_1_to_4.csv"
+METRICS = {"acc": ("accuracy", 1), "nll": ("nll", 2)}  # the paper's name → ours, digits shown
+_PRIORS = {"SpaM param-wise": "parameterwise", "parameter-wise": "parameterwise"}
+
+Row = tuple[str, str, str]  # criterion, Hessian, prior
+Numbers = dict[Row, dict[str, str]]  # → sparsity in percent → value and error
+
+
+def published(table: str) -> tuple[Numbers, str, str]:
+    """Return a table's numbers, what it is of, and its metric."""
+    with PUBLISHED.open(encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["table"] == table]
+    if not lines:
+        raise SystemExit(f"no table {table}: choose 1, 2, 3 or 4")
+    metric = lines[0]["metric"]
+    title = f"Table {table}: {lines[0]['model']}, {lines[0]['dataset']}, {metric}"
+    return _numbers(lines, METRICS[metric][1]), title, metric
+
+
+def ours(path: Path, metric: str) -> Numbers:
+    """Return what masks did without fine-tuning, from a CSV of ``spamprune compare``."""
+    name, digits = METRICS[metric]
+    with path.open(encoding="utf-8", newline="") as file:
+        return _numbers(
+            (
+                line
+                for line in csv.DictReader(file)
+                if (line["kind"], line["stage"], line["metric"]) == ("unstructured", "pruned", name)
+            ),
+            digits,
+        )
+
+
+def _numbers(lines: Iterable[dict[str, str]], digits: int) -> Numbers:
+    found: Numbers = {}
+    for line in lines:
+        prior = _PRIORS.get(line["prior"], line["prior"])
+        hessian = "" if prior == "MAP" else line["hessian"]
+        error = f" ± {float(line['err']):.{digits}f}" if line["err"] else ""
+        text = f"{float(line['value']):.{digits}f}{error}"
+        row = (line["criterion"].lower(), hessian, prior)
+        found.setdefault(row, {})[line["sparsity_pct"]] = text
+    return found
+
+
+def print_table(table: str, path: Path) -> None:
+    """Print the table as Markdown, our rows under the paper's."""
+    theirs, title, metric = published(table)
+    here = ours(path, metric)
+    sparsities = sorted({s for numbers in theirs.values() for s in numbers}, key=float)
+    print(f"{title}; ours: {path}\n")
+    head = ["Criterion", "Hessian", "Prior", "", *(f"{s} %" for s in sparsities)]
+    rows = [head, ["---"] * len(head)]
+    for row, numbers in theirs.items():
+        for whose, values in (("paper", numbers), ("ours", here.get(row, {}))):
+            rows.append([*row, whose, *(values.get(s, "–") for s in sparsities)])
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    print_table(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,186 @@
+"""Pruning during training as the report shows it: cuts grouped over seeds, and their figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from spamprune.report.plots import (
+    COSTS,
+    METRICS,
+    accuracy_axis,
+    entry,
+    line,
+    log_if_wide,
+    round_ticks,
+    sparsity_axis,
+)
+from spamprune.report.results import Cell, GradualCut, OnlineCut, Quality, Results
+from spamprune.report.style import legend, svg, training_colours
+from spamprune.report.summary import (
+    Family,
+    Spread,
+    families,
+    masked_series,
+    spread,
+    spread_of,
+    trainings,
+    unstructured_experiments,
+)
+
+Moment = Literal["pruned", "trained"]
+C = TypeVar("C", OnlineCut, GradualCut)
+Steps = dict[str, dict[int, list[C]]]  # training → epoch → one cut per seed
+
+_LOOKS: dict[Moment, dict[str, Any]] = {
+    "pruned": {"marker": "o", "mfc": "white", "ls": ":", "lw": 0.9},
+    "trained": {"marker": "o", "ls": (0, (4, 2))},
+}
+_POST_HOC = {"marker": "s", "ls": "-"}
+
+
+def online_steps(results: Results) -> Steps[OnlineCut]:
+    """Return the cuts of each training whose masks grew."""
+    return _grouped((cell, cut) for cell in results.cells for cut in cell.online)
+
+
+def gradual_steps(results: Results) -> Steps[GradualCut]:
+    """Return the cuts of each training that lost units."""
+    return _grouped((cell, cut) for cell in results.cells for cut in cell.gradual)
+
+
+def _grouped(cuts: Iterable[tuple[Cell, C]]) -> Steps[C]:
+    steps: Steps[C] = {}
+    for cell, cut in cuts:
+        steps.setdefault(cell.training, {}).setdefault(cut.epoch, []).append(cut)
+    return steps
+
+
+def quality(
+    cuts: Sequence[OnlineCut | GradualCut], moment: Moment, metric: str = "accuracy"
+) -> Spread | None:
+    """Return one field of the quality at a moment of a step, or None if it was not measured."""
+    measured: list[Quality | None] = [getattr(cut, moment) for cut in cuts]
+    present = [found for found in measured if found is not None]
+    return spread_of(present, metric) if present else None
+
+
+def post_hoc(results: Results) -> dict[str, dict[float, list[Quality]]]:
+    """Return what one-shot masks of the same criteria did to networks that were trained whole.
+
+    Returns:
+        Training → sparsity → one measurement per seed.
+    """
+    criteria = {cut.criterion for cell in results.cells for cut in cell.online}
+    whole = {name for name, cells in trainings(results).items() if not during(cells)}
+    series: dict[str, dict[float, list[Quality]]] = {}
+    for experiment in unstructured_experiments(results):
+        for (training, criterion), points in masked_series(results, experiment, "pruned").items():
+            if training in whole and criterion in criteria:
+                name = training if len(criteria) == 1 else f"{training}, {criterion}"
+                series.setdefault(name, {}).update(points)
+    return series
+
+
+def during(cells: Sequence[Cell]) -> bool:
+    """Return whether networks were pruned while they were trained."""
+    return any(cell.artifact is not None for cell in cells)
+
+
+@svg
+def online_curves(results: Results) -> Figure:
+    """Draw quality against sparsity, online beside post hoc (the SpaM paper's figure 1)."""
+    steps, others = online_steps(results), post_hoc(results)
+    colours = training_colours(results)
+    sparsities = {cut.sparsity for cell in results.cells for cut in cell.online}
+    sparsities |= {s for points in others.values() for s in points}
+    figure = Figure(figsize=(9.6, 6.6), layout="constrained")
+    panels = figure.subplots(2, 2)
+    moments = list(dict.fromkeys(m for m in _LOOKS if _has(steps, m)))
+    for axes, (metric, label) in zip(panels.flat, METRICS.items(), strict=True):
+        for name, points in others.items():
+            spreads = [spread_of(found, metric) for found in points.values()]
+            colour = colours[name.partition(",")[0]]
+            line(axes, [1 - s for s in points], spreads, colour, _POST_HOC)
+        for name, cuts in steps.items():
+            for moment in moments:
+                _course(axes, list(cuts.values()), moment, metric, colours[name])
+        axes.set_title(label)
+        if metric == "nll":
+            log_if_wide(axes)
+        sparsity_axis(axes, sparsities, 0.055)
+    for axes in panels[1]:
+        axes.set_xlabel("Sparsity / %")
+    names = list(dict.fromkeys([*(name.partition(",")[0] for name in others), *steps]))
+    handles = [entry(name, color=colours[name], lw=3, ls="-") for name in names]
+    handles += [entry("post hoc", **_POST_HOC)] if others else []
+    words = {"pruned": "online, just cut", "trained": "online, trained on"}
+    legend(figure, handles + [entry(words[m], **_LOOKS[m]) for m in moments], 5)
+    return figure
+
+
+def _has(steps: Steps[C], moment: Moment) -> bool:
+    return any(quality(cuts, moment) for by in steps.values() for cuts in by.values())
+
+
+def _course(
+    axes: Axes, steps: Sequence[Sequence[OnlineCut]], moment: Moment, metric: str, colour: str
+) -> None:
+    """Draw what one moment of an online training's cuts was like."""
+    found = [(cuts[0].sparsity, quality(cuts, moment, metric)) for cuts in steps]
+    present = [(sparsity, value) for sparsity, value in found if value is not None]
+    spreads = [value for _, value in present]
+    line(axes, [1 - sparsity for sparsity, _ in present], spreads, colour, _LOOKS[moment])
+
+
+@svg
+def gradual_curves(results: Results) -> Figure:
+    """Draw the way of shrinking networks through accuracy and cost, beside post-hoc pruning."""
+    steps, others = gradual_steps(results), families(results)
+    colours = training_colours(results)
+    figure = Figure(figsize=(9.6, 4.9), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (field, (_, label, unit)) in zip(panels, COSTS.items(), strict=True):
+        for family in others:
+            _point(axes, family, field, colours[family.training])
+        for name, cuts in steps.items():
+            for moment, look in _LOOKS.items():
+                found = [(_cost(by, field), quality(by, moment)) for by in cuts.values()]
+                present = [(cost, value) for cost, value in found if value is not None]
+                spreads = [value for _, value in present]
+                line(axes, [cost for cost, _ in present], spreads, colours[name], look)
+        axes.set_xscale("log")
+        round_ticks(axes)
+        axes.xaxis.set_major_formatter(EngFormatter(unit=unit, sep=" "))
+        axes.set_xlabel(label)
+    accuracy_axis(panels[0])
+    panels[0].set_ylabel("Accuracy / %")
+    names = list(dict.fromkeys([*(family.training for family in others), *steps]))
+    handles = [entry(name, color=colours[name], lw=3, ls="-") for name in names]
+    handles += [entry("just cut", **_LOOKS["pruned"]), entry("trained on", **_LOOKS["trained"])]
+    if others:
+        handles.append(entry("post hoc, as saved", marker=_POST_HOC["marker"]))
+    legend(figure, handles, 5)
+    return figure
+
+
+def _cost(cuts: Sequence[GradualCut], field: str) -> float:
+    return spread(getattr(cut.size, field) for cut in cuts).mean
+
+
+def _point(axes: Axes, family: Family, field: str, colour: str) -> None:
+    """Draw networks that were pruned after training."""
+    value = family.final_accuracy()
+    axes.errorbar(
+        [family.cost(field).mean],
+        [value.mean],
+        [value.error or 0.0],
+        color=colour,
+        marker=_POST_HOC["marker"],
+        ls="none",
+        capsize=2,
+    )
