@@ -15,14 +15,16 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 import spamprune as sp
-from spamprune.engine import cell
 from spamprune.engine.bench import Bench, create_model, load_data
+from spamprune.engine.training import train
+from spamprune.pruning.compaction import Ranking
 from spamprune.pruning.units import Scores
 from spamprune.recipe import Recipe
 
@@ -51,7 +53,9 @@ ROWS: dict[str, tuple[Callable[[nn.Module, sp.Posterior], Scores], bool]] = {
 }
 
 
-def run(seed: int, epochs: int, method: str) -> tuple[float, dict[str, list[float]]]:
+def run(
+    seed: int, epochs: int, method: str, ranking: Ranking
+) -> tuple[float, dict[str, list[float]]]:
     """Train one network and return its accuracy and, by row, those of the pruned networks."""
     training = {
         "method": method,
@@ -74,7 +78,7 @@ def run(seed: int, epochs: int, method: str) -> tuple[float, dict[str, list[floa
             recipe, "t", seed, Path(folder), load_data(recipe), Accelerator(), lambda *_: None
         )
         model = create_model(recipe, seed)
-        _, trained = cell.train(bench, model)
+        trained = train(bench, model).posterior
     loader = bench.data.train.loader(128, seed=seed)
     n_data = len(bench.data.train)
     curvature = sp.fit_posterior(model, loader, n_data=n_data, curvature=KRON).curvature
@@ -84,7 +88,7 @@ def run(seed: int, epochs: int, method: str) -> tuple[float, dict[str, list[floa
     for row, (score, compensated) in ROWS.items():
         scores = score(model, posterior)
         for target in TARGETS:
-            plan = sp.plan(model, example, scores, target, ranking="global")
+            plan = sp.plan(model, example, scores, target, ranking=ranking)
             full = sp.compensate(model, plan, posterior) if compensated else model
             small = sp.apply(full, plan)
             found.setdefault(row, []).append(bench.quality(small, bench.data.validation).accuracy)
@@ -97,10 +101,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--method", default="spam", choices=["spam", "map"])
+    parser.add_argument("--ranking", default="global", choices=get_args(Ranking))
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    results = [run(seed, options.epochs, options.method) for seed in options.seeds]
+    results = [run(seed, options.epochs, options.method, options.ranking) for seed in options.seeds]
     dense = statistics.mean(accuracy for accuracy, _ in results)
     print(f"{options.method}, dense {dense:.1f}\n")
     heads = [f"{value:.0%} of {key}" for key, value in (t.named() for t in TARGETS)]

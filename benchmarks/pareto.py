@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import statistics
 import time
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import torch_pruning as tp
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from torch import Tensor, nn
 
 import spamprune as sp
@@ -43,6 +45,7 @@ from spamprune.report.summary import criterion_of, spread
 BATCHES = (1, 64)
 GRADIENT_BATCHES = 20  # that torch-pruning's Taylor importance sees
 SCRATCH = "from scratch"
+SAME = 0.05  # costs that differ by less are taken for equal
 
 
 @dataclass
@@ -101,7 +104,7 @@ def by_torch_pruning(bench: Bench, dense: nn.Module, row: str, target: float) ->
         small = copy.deepcopy(dense)
         for name, parameter in small.named_parameters():
             parameter.grad = gradients[name].clone()
-        head = list(small.modules())[-1]
+        head = [m for m in small.modules() if isinstance(m, nn.Linear)][-1]
         pruner = tp.pruner.BasePruner(
             small,
             example,
@@ -191,11 +194,15 @@ def _mean(points: Sequence[Point], field: str) -> float:
 
 
 def _beaten(mine: Sequence[Point], groups: dict[tuple[float, str], list[Point]]) -> bool:
-    """Tell whether others are more accurate on average and need no more MACs."""
-    return any(
-        _mean(other, "final") > _mean(mine, "final") and _mean(other, "macs") <= _mean(mine, "macs")
-        for other in groups.values()
-    )
+    """Tell whether others are more accurate by over a standard error, at no more MACs."""
+
+    def better(other: Sequence[Point]) -> bool:
+        theirs, own = (spread(p.final for p in points) for points in (other, mine))
+        error = math.hypot(theirs.error or 0.0, own.error or 0.0)
+        cheap = _mean(other, "macs") <= _mean(mine, "macs") * (1 + SAME)
+        return cheap and theirs.mean - own.mean > error
+
+    return any(better(other) for other in groups.values())
 
 
 def table(points: Sequence[Point]) -> str:
@@ -234,6 +241,10 @@ def _cell(values: Sequence[float], unit: str = "", digits: int = 2) -> str:
     return f"{found.mean:.{digits}f}{error}{unit}"
 
 
+#: By training, as the recipe names them.
+_MARKERS = {"spam": "o", "map": "s", "spam-kfac": "D"}
+
+
 @style.svg
 def figure(points: Sequence[Point]) -> Figure:
     """Draw accuracy against MACs, bytes and latency, a line for each way of pruning."""
@@ -256,7 +267,7 @@ def figure(points: Sequence[Point]) -> Figure:
                 [accuracy.mean for accuracy in accuracies],
                 [accuracy.error or 0.0 for accuracy in accuracies],
                 color=style.INK if name == SCRATCH else f"C{names.index(name)}",
-                marker="x" if name == SCRATCH else "o",
+                marker="x" if name == SCRATCH else _MARKERS[name.partition(",")[0]],
                 ls="none" if name == SCRATCH else "--" if "torch-pruning" in name else "-",
                 capsize=2,
                 label=name,
@@ -279,6 +290,9 @@ def figure(points: Sequence[Point]) -> Figure:
                     fontsize=8,
                 )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
     drawing.axes[0].set_ylabel("Test accuracy / %")
     style.legend(drawing, list(handles.values()), 3)

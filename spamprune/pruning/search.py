@@ -68,7 +68,7 @@ class Search:
             else:
                 low = middle
         counts = self.counts(high)
-        if achieved < wanted * (1 - TOLERANCE) and self.ranking != "uniform":
+        if high > 0 and achieved < wanted * (1 - TOLERANCE) and self.ranking != "uniform":
             counts, achieved = self._give_back(high, wanted)
         if achieved < wanted * (1 - TOLERANCE):
             self.notes.append(f"{key}: {achieved:.4f} is the nearest step below {wanted}")

@@ -20,6 +20,7 @@ from spamprune.errors import PruningError, RecipeError
 from spamprune.pruning.semi_structured import is_semi_structured
 from spamprune.recipe import dump, load
 from spamprune.recipe.schema import Recipe
+from spamprune.report import terminal
 from spamprune.report.compare import compare
 from spamprune.report.results import Results
 
@@ -87,6 +88,8 @@ def test_without_a_gpu_it_says_that_no_time_is_saved(finished: tuple[Path, Resul
     assert record.compressed_latency == record.half_latency == {}
     assert "no time is saved here" in record.notes[-1]
     assert "no time is saved here" in (folder / "report.html").read_text()
+    titles = [str(table.title) for table in terminal.tables(results)]
+    assert "prune.0: mean accuracy by pattern" in titles
 
 
 class _OnGPU:

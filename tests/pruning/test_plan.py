@@ -188,6 +188,19 @@ def test_a_costly_unit_that_goes_last_gives_back_what_went_before_it(network, ra
     assert found.achieved["macs"] == cost.macs(small, image()) / cost.macs(network, image())
 
 
+def test_where_fixed_ratios_do_it_all_nothing_is_given_back():
+    model = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 4))
+    found = plan(
+        model,
+        torch.randn(1, 10),
+        magnitudes(model),
+        Target(macs=0.9),
+        ranking="global",
+        ratios={"0": 0.5},
+    )
+    assert found.widths() == {"0": 4}
+
+
 def test_layer_norms_over_pruned_units_are_not_compared():
     torch.manual_seed(0)
     model = nn.Sequential(
