@@ -200,30 +200,33 @@ def surplus(
 
 
 def furthest(
-    surpluses: Mapping[str, Tensor],
+    delta_f: Mapping[str, Tensor],
+    proposed: Mapping[str, Tensor],
     allowed: Callable[[dict[str, Tensor]], bool],
     *,
     steps: int = 6,
 ) -> dict[str, Tensor]:
-    """Return masks that remove as much of what has a surplus, largest first, as is allowed.
+    """Return masks that remove as much of what is proposed, largest ΔF first, as is allowed.
 
     ΔF is of one parameter beside the others: many small effects that point the same way add up to
     more than their sum. So the evidence of the reduced network is worth measuring.
 
     Args:
-        surpluses: See :func:`surplus`.
+        delta_f: ΔF in nats by name; ∞ for what is gone already.
+        proposed: Masks, False where a parameter may go, by name.
         allowed: Told masks, True where a parameter stays, returns whether they may be.
         steps: Of the bisection, each with a call of ``allowed``; first comes one for all at once.
 
     Returns:
         Masks, True where a parameter stays; what is gone already stays gone.
     """
-    flat = torch.cat([s.flatten() for s in surpluses.values()])
-    paying = flat[(flat > 0) & flat.isfinite()].sort(descending=True).values
+    gains = {n: gain.masked_fill(proposed[n], -math.inf) for n, gain in delta_f.items()}
+    flat = torch.cat([gain.flatten() for gain in gains.values()])
+    paying = flat[flat.isfinite()].sort(descending=True).values
 
     def masks(taken: int) -> dict[str, Tensor]:
         least = paying[taken - 1].item() if taken else math.inf
-        return {name: s < least for name, s in surpluses.items()}
+        return {name: gain < least for name, gain in gains.items()}
 
     low, high = 0, len(paying)
     if not high or allowed(masks(high)):

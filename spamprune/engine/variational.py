@@ -31,8 +31,8 @@ BOUND_SAMPLES = 10_000
 class ByBound:
     """The evidence lower bound as what is trained on, and reductions that prune between epochs.
 
-    A reduction goes as far as it proposes, but no further than the bound that it claims to raise
-    does not fall. All that training changes is in the field, masks included.
+    A reduction takes of what it proposes as much as leaves the bound, which it claims to raise, no
+    lower than it was. All that training changes is in the field, masks included.
 
     Attributes:
         field: The trained module.
@@ -63,7 +63,8 @@ class ByBound:
         (*_, last) = layers(gains)
         surpluses = surplus(gains, whole=[last], pruned=old, iterations=self.iterations)
         proposed = {name: s <= 0 for name, s in surpluses.items()}
-        stays = furthest(surpluses, lambda masks: bound(masks) >= before)
+        gains = {name: gain.masked_fill(~old[name], torch.inf) for name, gain in gains.items()}
+        stays = furthest(gains, proposed, lambda masks: bound(masks) >= before)
         field.prune(stays)
         reduced = Reduced(
             proposed=sparsity_of(proposed),

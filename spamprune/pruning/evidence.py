@@ -27,6 +27,9 @@ from spamprune.errors import PosteriorError
 from spamprune.modules import device_of, evaluation_mode
 from spamprune.pruning.masks import Masks
 
+#: Nats by which evidences do not tell networks apart ("not worth more than a bare mention", Kass &
+#: Raftery 1995): the smaller one is taken.
+TIE = 1.0
 #: Networks whose evidence is measured, besides the dense one.
 STEPS = 20
 
@@ -126,7 +129,7 @@ class Choice:
 def choose(
     evidence: Evidence, steps: Sequence[int], prune: Callable[[int], tuple[nn.Module, Masks]]
 ) -> Choice:
-    """Return the step at which the evidence is largest.
+    """Return the last step at which the evidence is as good as the largest.
 
     Args:
         evidence: Of the network.
@@ -134,7 +137,7 @@ def choose(
         prune: Returns the pruned network of a step, and its masks.
     """
     changes = [0.0, *(evidence.change(*prune(step)) for step in steps[1:])]
-    best = max(range(len(steps)), key=changes.__getitem__)
+    best = max(j for j, change in enumerate(changes) if change >= max(changes) - TIE)
     notes = []
     if best == 0:
         notes.append("evidence: it favours removing nothing")

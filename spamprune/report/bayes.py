@@ -43,7 +43,7 @@ def inference_table(results: Results) -> str:
                     str(len(cells)),
                     _Text(words),
                     *(plus_minus(spread_of(qualities, m), _DIGITS[m]) for m in METRICS),
-                    plus_minus(spread(quantile), 3),
+                    plus_minus(spread(quantile) if quantile else None, 3),
                     plus_minus(sparsity, 1),
                     number(seconds, 1),
                 ]

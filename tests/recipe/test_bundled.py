@@ -125,6 +125,8 @@ def test_settings_of_the_papers_code() -> None:
         ("vit_mnist", "diag-parameterwise"),
         ("resnet18_cifar10", "diag-parameterwise"),
         ("wrn16_cifar100", "map"),
+        ("bmr_lenet_fashion_mnist", "bmr"),
+        ("bmr_vit_fashion_mnist", "bmr"),
         ("fc_mnist", "diag-unitwise"),
         ("fc_mnist_structured", "diag-unitwise"),
         ("residual_mlp_mnist_finetune", "diag-parameterwise"),

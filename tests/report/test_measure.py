@@ -8,7 +8,7 @@ from torch import nn
 
 from spamprune.errors import DataError
 from spamprune.models.classic import lenet
-from spamprune.report.measure import environment, quality, size
+from spamprune.report.measure import environment, quality, quantile_ece, size
 
 
 class _Fixed(nn.Module):
@@ -115,3 +115,15 @@ def test_environment_is_words() -> None:
         about
     )
     assert all(isinstance(value, str) and value for value in about.values())
+
+
+def test_quantile_ece_by_hand():
+    confidence = torch.tensor([0.5, 0.9, 0.6, 0.8])
+    correct = torch.tensor([True, True, False, True])
+    # two bins of two: 0.5, 0.6 with one right, 0.8, 0.9 with both right
+    expected = (abs(1 - 1.1) + abs(2 - 1.7)) / 4
+    assert quantile_ece(confidence, correct, bins=2) == pytest.approx(expected, abs=1e-6)
+    assert quantile_ece(confidence, correct, bins=1) == pytest.approx(0.05, abs=1e-6)
+    # more bins than samples: each by itself
+    alone = (0.5 + 0.1 + 0.6 + 0.2) / 4
+    assert quantile_ece(confidence, correct) == pytest.approx(alone, abs=1e-6)

@@ -40,6 +40,7 @@ def results(make_results: Callable[..., Results]) -> Results:
     for cell in made.cells:
         if cell.training != "plain":
             cell.masked, cell.compacted = [], []
+            cell.artifact = f"{cell.folder}/trained"
         held = cell.training == "held"
         if cell.training in ("held", "paper"):
             cell.online = [

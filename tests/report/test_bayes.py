@@ -1,0 +1,110 @@
+"""What inference and evidence found, as tables, and as a star in the figure."""
+
+import pytest
+
+from spamprune.report import bayes
+from spamprune.report.plots import sparsity_curves
+from spamprune.report.results import ByEvidence, EpochRecord, Inference, Masked, Quality, Reduced
+from spamprune.report.summary import by_evidence, masked_series
+from spamprune.report.tables import compacted_table
+
+CHOSEN = ByEvidence(
+    effective=1234.0,
+    before=-900.0,
+    after=-800.0,
+    pruned={"fc": 0.93, "head": 0.0},
+    notes=["evidence: look twice"],
+)
+
+
+def quality(accuracy):
+    return Quality(accuracy=accuracy, nll=0.3, ece=0.02, quantile_ece=0.031, brier=0.2)
+
+
+@pytest.fixture
+def results(make_results):
+    return make_results()
+
+
+@pytest.fixture
+def chosen(results):
+    """The results of two trainings, with a sparsity by evidence for each seed of the first."""
+    name = results.cells[0].training
+    cells = []
+    for cell in results.cells:
+        if cell.training == name:
+            mask = Masked(
+                experiment=0,
+                criterion="opd",
+                requested=0.8 + 0.05 * cell.seed,
+                achieved=0.8 + 0.05 * cell.seed,
+                chosen=CHOSEN,
+                nonzero=5,
+                pruned=quality(88.0 + cell.seed),
+                artifact="a",
+            )
+            cell = cell.model_copy(update={"masked": [*cell.masked, mask]})
+        cells.append(cell)
+    return results.model_copy(update={"cells": cells}), name
+
+
+def test_choices_of_the_seeds_are_one_point_and_no_part_of_the_curves(results, chosen):
+    found, name = chosen
+    seeds = [cell.seed for cell in found.cells if cell.training == name]
+    points = by_evidence(found, 0, "pruned")
+    assert list(points) == [(name, "opd")]
+    sparsity, qualities = points[name, "opd"]
+    assert sparsity == pytest.approx(sum(0.8 + 0.05 * seed for seed in seeds) / len(seeds))
+    assert [q.accuracy for q in qualities] == [88.0 + seed for seed in seeds]
+    assert by_evidence(found, 0, "finetuned") == {}
+    assert masked_series(found, 0, "pruned") == masked_series(results, 0, "pruned")
+    assert "most evidence" in sparsity_curves(found, 0, "pruned")
+    assert "most evidence" not in sparsity_curves(results, 0, "pruned")
+
+
+def test_the_table_of_choices(results, chosen):
+    found, _ = chosen
+    table = bayes.evidence_table(found, 0)
+    for words in ("1,234", "−900", "−800", "fc 93, head 0", "evidence: look twice", "80.0"):
+        assert words in table
+    assert bayes.evidence_table(results, 0) == ""
+
+
+def test_tables_of_inference(results):
+    assert bayes.inference_table(results) == ""
+    assert bayes.reductions_table(results) == ""
+    reduced = Reduced(
+        proposed=0.93, sparsity=0.71, pruned={"fc": 0.9, "": 0.1}, before=-5e4, after=-4e4
+    )
+    epoch = EpochRecord(epoch=7, loss=0.4, lr=0.1, seconds=2.5, reduced=reduced)
+    inference = Inference(draws=20, averaged=quality(91.5), sparsity=0.71, pruned=reduced.pruned)
+    cells = [
+        cell.model_copy(update={"inference": inference, "history": [epoch]})
+        for cell in results.cells
+    ]
+    found = results.model_copy(update={"cells": cells})
+    table = bayes.inference_table(found)
+    for words in ("posterior means", "averaged, 20 draws", "91.50", "0.031", "71.0", "2.5"):
+        assert words in table
+    table = bayes.reductions_table(found)
+    for words in ("93.0", "71.0", "−50,000", "−40,000", "fc 90, network 10"):
+        assert words in table
+
+
+def test_units_by_evidence_are_told_in_nats(results):
+    cells = [
+        cell.model_copy(
+            update={
+                "compacted": [
+                    record.model_copy(
+                        update={"target": {"evidence": 1.0}, "achieved": {"evidence": 321.0}}
+                    )
+                    for record in cell.compacted
+                ]
+            }
+        )
+        for cell in results.cells
+    ]
+    experiment = next(r.experiment for cell in results.cells for r in cell.compacted)
+    table = compacted_table(results.model_copy(update={"cells": cells}), experiment)
+    assert "most evidence → +321 nats" in table
