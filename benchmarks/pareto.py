@@ -45,6 +45,7 @@ from spamprune.report.summary import criterion_of, spread
 BATCHES = (1, 64)
 GRADIENT_BATCHES = 20  # that torch-pruning's Taylor importance sees
 SCRATCH = "from scratch"
+SHOWN_FROM = 78  # percent: the figure leaves out networks that did not train again
 SAME = 0.05  # costs that differ by less are taken for equal
 
 
@@ -272,29 +273,24 @@ def figure(points: Sequence[Point]) -> Figure:
                 capsize=2,
                 label=name,
             )
-        for (_, name), mine in _groups(points).items():
-            if name.endswith("dense"):
-                axes.plot(
-                    spread(map(cost_of, mine)).mean,
-                    _mean(mine, "final"),
-                    "*",
-                    ms=12,
-                    color=style.GREY,
-                )
-                axes.annotate(
-                    name,
-                    (spread(map(cost_of, mine)).mean, _mean(mine, "final")),
-                    (-4, 6),
-                    textcoords="offset points",
-                    ha="right",
-                    fontsize=8,
-                )
+        dense = [mine for (_, name), mine in _groups(points).items() if name.endswith("dense")]
+        for mine in dense:
+            marker = _MARKERS[mine[0].name.partition(",")[0]]
+            look = {"ls": "none", "color": style.GREY, "mfc": "white", "ms": 8}
+            (handles[mine[0].name],) = axes.plot(
+                spread(map(cost_of, mine)).mean,
+                _mean(mine, "final"),
+                marker=marker,
+                label=mine[0].name,
+                **look,
+            )
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(label)
     drawing.axes[0].set_ylabel("Test accuracy / %")
+    drawing.axes[0].set_ylim(bottom=SHOWN_FROM)
     style.legend(drawing, list(handles.values()), 3)
     return drawing
 

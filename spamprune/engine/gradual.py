@@ -86,7 +86,10 @@ def fit_gradually(
         (key,) = chosen.target
         left *= chosen.achieved[key]
         record = partial(_record, bench, config, epoch, model, small, chosen, {key: budget}, left)
-        cuts.append(bench.once(f"gradual{epoch}", GradualCut, record))
+        cut = bench.once(f"gradual{epoch}", GradualCut, record)
+        # a plan tells nothing of layers that cannot be cut further
+        before = cuts[-1].widths if cuts else {}
+        cuts.append(cut.model_copy(update={"widths": before | cut.widths}))
         inherited = prior_of(small)
         inherited.inherit(spam, partial(compaction.cut_tensor, chosen))
         model, spam = small, inherited

@@ -139,8 +139,9 @@ _Identity = tuple[str, str]  # a training's name, and all settings that shape it
 
 def _identity(run: Run, training: str) -> _Identity:
     recipe = run.recipe
-    parts = (recipe.model.model_dump_json(), recipe.data.augment)
-    return training, "\n".join((*parts, recipe.train[training].model_dump_json()))
+    sections = (recipe.model, recipe.arithmetic, recipe.train[training])
+    settings = (section.model_dump_json() for section in sections)
+    return training, "\n".join((recipe.data.augment, *settings))
 
 
 def _names(runs: Sequence[Run]) -> dict[_Identity, str]:

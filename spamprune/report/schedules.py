@@ -88,7 +88,7 @@ def post_hoc(results: Results) -> dict[str, dict[float, list[Quality]]]:
 
 def during(cells: Sequence[Cell]) -> bool:
     """Return whether networks were pruned while they were trained."""
-    return any(cell.artifact is not None for cell in cells)
+    return any(cell.online or cell.gradual or cell.artifact for cell in cells)
 
 
 @svg

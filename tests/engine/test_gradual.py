@@ -177,6 +177,14 @@ def test_a_cut_that_coarse_units_forestalled_is_left_out(tmp_path):
     assert [r.epoch for r in cell.history] == [1, 2, 3, 4, 5, 6]
 
 
+def test_layers_that_are_down_to_a_unit_are_still_told_of(tmp_path):
+    (cell,) = run(recipe({**GRADUAL, "target": {"macs": 0.03}, "every": 1}), tmp_path / "out").cells
+    assert min(cell.gradual[-1].widths.values()) == 1
+    assert all(cut.widths.keys() == {"fc1", "fc2"} for cut in cell.gradual)
+    small = sp.load(tmp_path / "out" / cell.artifact)
+    assert cell.gradual[-1].widths == {"fc1": len(small.fc1.weight), "fc2": len(small.fc2.weight)}
+
+
 @pytest.mark.parametrize(("name", "training"), [("lenet_fashion_mnist_gradual", "gradual")])
 def test_bundled_recipes_run(name, training, tmp_path):
     smoke = load(f"{name}@smoke", ["evaluate={latency_repeats: 1, latency_batches: [1]}"])

@@ -56,6 +56,7 @@ def test_reductions_fall_due_before_blocks_of_equal_length(warm_up, blocks, epoc
         ({"prior": {"precision": 3.0}}, "vi.prior: method 'variational' has no use"),
         ({"curvature": {"structure": "kron"}}, "vi.curvature: method 'variational'"),
         ({"online": {"final": 0.9, "every": 2}}, "vi.online: method 'variational'"),
+        ({"loss": {"mixup": 0.2}}, "vi.loss.mixup: the bound"),
         (
             {"method": "map", "optimiser": {}, "variational": {}},
             "vi.variational: method 'map' has no use",

@@ -52,6 +52,7 @@ def _experiments(results: Results) -> set[tuple[str, int]]:
         {"train.map.temperature": 8},
         {"model.kwargs": {"widths": [1, 1, 1, 1]}},
         {"data.augment": "flip"},
+        {"arithmetic.precision": "bf16"},
     ],
 )
 def test_the_same_name_with_other_settings_is_another_method(

@@ -242,6 +242,12 @@ class Train(Training):
             field = type(self).model_fields[name]
             if getattr(self, name) != field.get_default(call_default_factory=True):
                 raise fault("method 'variational' has no use for it: leave it out", name)
+        for name in ("mixup", "cutmix"):
+            if getattr(self.loss, name):
+                raise fault(
+                    "the bound of method 'variational' is of the samples themselves: leave it out",
+                    *("loss", name),
+                )
         if inference.reduction is not None:
             inference.reduction.check(self.epochs, "variational", "reduction")
         return self
