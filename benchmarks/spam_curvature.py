@@ -25,8 +25,8 @@ from accelerate import Accelerator
 
 from spamprune import scores
 from spamprune.bayes.spam import SpaM
-from spamprune.engine import cell
 from spamprune.engine.bench import Bench, create_model, load_data
+from spamprune.engine.training import train
 from spamprune.pruning.masks import apply_masks, global_masks
 from spamprune.recipe import Recipe
 
@@ -92,7 +92,7 @@ def run(row: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
         SpaM.posterior = timed  # type: ignore[method-assign]
         started = time.process_time()
-        _, posterior = cell.train(bench, model)
+        posterior = train(bench, model).posterior
         seconds = time.process_time() - started - after
         SpaM.posterior = fit_last  # type: ignore[method-assign]
     values = scores.opd(model, posterior)
