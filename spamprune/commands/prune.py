@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from spamprune.commands.output import console
-from spamprune.errors import DataError
+from spamprune.errors import DataError, PruningError
 
 if TYPE_CHECKING:
     from spamprune.engine.prune import Outcome
@@ -116,8 +116,12 @@ def prune(
     from spamprune.pruning.units import DEFAULT_KINDS
 
     chosen: Any = {"ranking": ranking, "kinds": tuple(kinds or DEFAULT_KINDS), "augment": augment}
+    budgets = {"ratio": ratio, "macs": macs, "params": params, "bytes": bytes_, "latency": latency}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise PruningError(f"give exactly one of {', '.join('--' + name for name in budgets)}")
     request = engine.Request(
-        Target(ratio=ratio, macs=macs, params=params, bytes=bytes_, latency=latency),
+        Target(**given),
         criterion=criterion,
         round_to=round_to,
         calibration=calibration,

@@ -57,8 +57,8 @@ def test_a_folder_of_images(image_root: Path, tmp_path: Path) -> None:  # noqa: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "error: a target is one of ratio, macs, params, bytes, latency, not nothing"),
-        ("--ratio 0.5 --macs 0.5", "error: a target is one of ratio, macs"),
+        ("", "error: give exactly one of --ratio, --macs, --params, --bytes, --latency"),
+        ("--ratio 0.5 --macs 0.5", "error: give exactly one of --ratio, --macs"),
         ("--ratio 0.5 --criterion opdd", "error: unknown criterion 'opdd': did you mean 'opd'"),
         ("--ratio 0.5 --kinds head", "error: unknown kind of units 'head'"),
         ("--ratio 0.5 --data nowhere", "error: unknown data set 'nowhere': "),

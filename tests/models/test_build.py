@@ -31,7 +31,7 @@ def test_caller_seeds() -> None:
         ("lenett", "'lenet'"),
         ("ResNet50", "'resnet50'"),
         ("resnet10t.c3", "'resnet10t.c3_in1k'"),
-        ("§§§", "valid: fc_cancer, fc_mnist, fixup_resnet18, fixup_wrn16_4, lenet"),
+        ("§§§", "valid: bmr_lenet, bmr_lenet_cifar, bmr_mixer, bmr_mlp, bmr_vit, fc_cancer"),
         ("hf-hub:someone/lenet", "unknown model"),
         ("local-dir:lenet", "unknown model"),
         ("", "unknown model"),
