@@ -117,7 +117,7 @@ def prune(
 
     chosen: Any = {"ranking": ranking, "kinds": tuple(kinds or DEFAULT_KINDS), "augment": augment}
     budgets = {"ratio": ratio, "macs": macs, "params": params, "bytes": bytes_, "latency": latency}
-    given = {name: value for name, value in budgets.items() if value is not None}
+    given: dict[str, Any] = {name: v for name, v in budgets.items() if v is not None}
     if len(given) != 1:
         raise PruningError(f"give exactly one of {', '.join('--' + name for name in budgets)}")
     request = engine.Request(
