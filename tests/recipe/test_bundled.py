@@ -10,6 +10,7 @@ import pytest
 
 import spamprune as sp
 from spamprune.recipe import library, load
+from spamprune.recipe.load import check
 from spamprune.recipe.schema import Recipe
 from spamprune.report.merge import measured
 
@@ -31,7 +32,8 @@ def test_bases_are_not_recipes_themselves() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_is_valid_and_described(name: str) -> None:
-    recipe = load(name)
+    recipe = check(name)  # with all of its variants
+    assert isinstance(recipe, Recipe), recipe
     assert recipe.name == name
     assert recipe.description
     assert len(recipe.description.splitlines()[0]) <= 100
