@@ -112,7 +112,7 @@ def online_curves(results: Results) -> Figure:
         axes.set_title(label)
         if metric == "nll":
             log_if_wide(axes)
-        sparsity_axis(axes, sparsities, 0.055)
+        sparsity_axis(axes, sparsities, 0.11)
     for axes in panels[1]:
         axes.set_xlabel("Sparsity / %")
     names = list(dict.fromkeys([*(name.partition(",")[0] for name in others), *steps]))
