@@ -1,4 +1,4 @@
-"""Experiments whose sparsity the evidence chooses."""
+"""Masks whose sparsity the evidence chooses."""
 
 from __future__ import annotations
 
@@ -9,27 +9,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from spamprune.bayes.reduction import pruned_of
-from spamprune.engine.objective import likelihood_of
 from spamprune.engine.subject import Subject
-from spamprune.pruning.evidence import STEPS, Evidence, choose
+from spamprune.pruning.evidence import STEPS, choose
 from spamprune.pruning.masks import Masks, apply_masks, global_masks
 from spamprune.report.results import ByEvidence
 
 
-def evidence_of(subject: Subject) -> Evidence:
-    """Return the evidence of a trained network with parts of it removed."""
-    bench = subject.bench
-    return Evidence(
-        subject.model,
-        subject.posterior,
-        bench.data.train.loader(bench.recipe.evaluate.batch_size, seed=bench.seed),
-        likelihood=likelihood_of(bench.config.loss),
-    )
-
-
 def masks_by_evidence(subject: Subject, scores: Mapping[str, Tensor]) -> tuple[Masks, ByEvidence]:
     """Return the masks of most evidence along the order of the scores, and what they were."""
-    evidence = evidence_of(subject)
+    evidence = subject.evidence
     total = sum(score.numel() for score in scores.values())
     most = min(max(total - math.ceil(evidence.effective), 0), total - 1)
     # what remains falls by the same factor from step to step
@@ -39,9 +27,9 @@ def masks_by_evidence(subject: Subject, scores: Mapping[str, Tensor]) -> tuple[M
         return global_masks(scores, step / total)
 
     def prune(step: int) -> tuple[nn.Module, Masks]:
-        pruned = copy.deepcopy(subject.model)
-        apply_masks(pruned, masks(step))
-        return pruned, masks(step)
+        pruned, chosen = copy.deepcopy(subject.model), masks(step)
+        apply_masks(pruned, chosen)
+        return pruned, chosen
 
     choice = choose(evidence, list(dict.fromkeys(steps)), prune)
     chosen = masks(choice.step)

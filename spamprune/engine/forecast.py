@@ -103,7 +103,7 @@ def _training(
         tune = experiment.finetune
         if tune is None:
             continue
-        if experiment.trainings is not None and name not in experiment.trainings:
+        if not experiment.concerns(name):
             continue
         epochs = tune.epochs
         if isinstance(experiment, Structured):

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from spamprune import artifact, scores
+from spamprune import scores
 from spamprune.engine.bench import Bench
 from spamprune.engine.subject import Subject
 from spamprune.errors import PruningError
@@ -23,11 +23,7 @@ from spamprune.report.results import Patterned
 def run(subject: Subject) -> Iterator[Patterned]:
     """Run the recipe's semi-structured experiments; its network is left as it is."""
     bench = subject.bench
-    for index, experiment in enumerate(bench.recipe.prune):
-        if not isinstance(experiment, SemiStructured):
-            continue
-        if experiment.trainings is not None and bench.training not in experiment.trainings:
-            continue
+    for index, experiment in subject.experiments(SemiStructured):
         for criterion in experiment.criteria:
             values = subject.scores(criterion)
             name = f"prune{index}-{criterion}-{experiment.n}of{experiment.m}"
@@ -46,19 +42,8 @@ def _mask(
 ) -> Patterned:
     bench, n, m = subject.bench, experiment.n, experiment.m
     chosen, notes = semi_structured_masks(subject.model, values, n=n, m=m)
-    pruned = copy.deepcopy(subject.model)
-    masks.apply_masks(pruned, chosen)
-    before, after = bench.quality(pruned, bench.data.test), None
-    if experiment.finetune is not None:
-        subject.finetune(pruned, experiment.finetune, f"{name}.finetune", chosen)
-        after = bench.quality(pruned, bench.data.test)
-    folder = bench.folder / name
-    artifact.save(
-        pruned,
-        folder,
-        preprocessing=bench.data.preprocessing,
-        extra={"pattern": f"{n}:{m}", "criterion": criterion},
-    )
+    about = {"pattern": f"{n}:{m}", "criterion": criterion}
+    pruned, before, after = subject.masked(chosen, experiment.finetune, name, about)
     half, sparse, more = _latencies(bench, pruned)
     return Patterned(
         experiment=index,

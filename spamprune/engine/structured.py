@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from spamprune import artifact
-from spamprune.engine.automatic import evidence_of
 from spamprune.engine.bench import Bench, create_model
 from spamprune.engine.subject import Subject, train_on
 from spamprune.pruning import compaction, plan
@@ -26,11 +25,7 @@ VERIFY_BATCH = 128
 def run(subject: Subject) -> Iterator[Compacted]:
     """Run the recipe's structured experiments; its network is left as it is."""
     bench = subject.bench
-    for index, experiment in enumerate(bench.recipe.prune):
-        if not isinstance(experiment, Structured):
-            continue
-        if experiment.trainings is not None and bench.training not in experiment.trainings:
-            continue
+    for index, experiment in subject.experiments(Structured):
         for criterion in experiment.criteria:
             values = _scores(subject, criterion)
             for wanted in experiment.targets:
@@ -47,7 +42,7 @@ def run(subject: Subject) -> Iterator[Compacted]:
 
 def _target(subject: Subject, wanted: Target) -> plan.Target:
     if wanted.evidence is not None:
-        return plan.Target(evidence=evidence_of(subject))
+        return plan.Target(evidence=subject.evidence)
     return plan.Target(**wanted.model_dump())
 
 

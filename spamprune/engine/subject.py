@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeVar
 
 from torch import nn
 
-from spamprune import scores
+from spamprune import artifact, scores
 from spamprune.bayes.posterior import Posterior
 from spamprune.engine.bench import Bench
 from spamprune.engine.fit import fit
@@ -14,7 +18,12 @@ from spamprune.engine.methods import ByPrior, spam_of
 from spamprune.engine.objective import Teacher, likelihood_of
 from spamprune.modules import evaluation_mode
 from spamprune.pruning import masks
+from spamprune.pruning.evidence import Evidence
 from spamprune.recipe.schema import FineTune
+from spamprune.recipe.schema.pruning import Selective
+from spamprune.report.results import Quality
+
+E = TypeVar("E", bound=Selective)
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,48 @@ class Subject:
             likelihood=likelihood_of(bench.config.loss),
             seed=bench.seed,
         )
+
+    def experiments(self, kind: type[E]) -> Iterator[tuple[int, E]]:
+        """Return the recipe's experiments of a kind on this training, with their positions."""
+        for index, experiment in enumerate(self.bench.recipe.prune):
+            if isinstance(experiment, kind) and experiment.concerns(self.bench.training):
+                yield index, experiment
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """The evidence of the network with parts of it removed."""
+        bench = self.bench
+        return Evidence(
+            self.model,
+            self.posterior,
+            bench.data.train.loader(bench.recipe.evaluate.batch_size, seed=bench.seed),
+            likelihood=likelihood_of(bench.config.loss),
+        )
+
+    def masked(
+        self, chosen: masks.Masks, finetune: FineTune | None, name: str, about: dict[str, Any]
+    ) -> tuple[nn.Module, Quality, Quality | None]:
+        """Mask, measure, perhaps fine-tune, and save a copy of the network.
+
+        Args:
+            chosen: The masks.
+            finetune: How the copy is trained further, if it is.
+            name: Of the stage and of the artifact's folder.
+            about: What the artifact says of itself besides.
+
+        Returns:
+            The copy, and its quality just pruned and fine-tuned.
+        """
+        bench = self.bench
+        pruned = copy.deepcopy(self.model)
+        masks.apply_masks(pruned, chosen)
+        before, after = bench.quality(pruned, bench.data.test), None
+        if finetune is not None:
+            self.finetune(pruned, finetune, f"{name}.finetune", chosen)
+            after = bench.quality(pruned, bench.data.test)
+        preprocessing = bench.data.preprocessing
+        artifact.save(pruned, bench.folder / name, preprocessing=preprocessing, extra=about)
+        return pruned, before, after
 
     def finetune(
         self,

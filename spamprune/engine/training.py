@@ -53,15 +53,13 @@ def train(bench: Bench, model: nn.Module) -> Trained:
         prior_of = partial(spam_for, bench)
         shrunk = fit_gradually(bench, config.gradual, model, prior_of, job, note)
         model, spam, history, gradual = shrunk.model, shrunk.spam, shrunk.history, shrunk.cuts
-    elif config.online is not None:
-        spam = spam_for(bench, model)
-        cuts = Cuts(bench, config.online, model, spam)
-        job = replace(job, masks=cuts.masks, after_epoch=cuts.after_epoch)
-        history = fit(model, ByPrior(spam), job, bench.accelerator, note)
-        online = cuts.records()
     else:
-        spam = spam_for(bench, model)
+        spam, cuts = spam_for(bench, model), None
+        if config.online is not None:
+            cuts = Cuts(bench, config.online, model, spam)
+            job = replace(job, masks=cuts.masks, after_epoch=cuts.after_epoch)
         history = fit(model, ByPrior(spam), job, bench.accelerator, note)
+        online = cuts.records() if cuts else []
     path = bench.folder / "posterior.safetensors"
     if not path.exists():
         spam.posterior(bench.data.train.loader(config.batch_size)).save(path)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import partial
 
-from spamprune import artifact, scores
+from spamprune import scores
 from spamprune.engine.automatic import masks_by_evidence
 from spamprune.engine.subject import Subject
 from spamprune.pruning import cost, masks
@@ -17,11 +16,7 @@ from spamprune.report.results import Masked
 def run(subject: Subject) -> Iterator[Masked]:
     """Run the recipe's unstructured experiments; its network is left as it is."""
     bench = subject.bench
-    for index, experiment in enumerate(bench.recipe.prune):
-        if not isinstance(experiment, Unstructured):
-            continue
-        if experiment.trainings is not None and bench.training not in experiment.trainings:
-            continue
+    for index, experiment in subject.experiments(Unstructured):
         for criterion in experiment.criteria:
             values = subject.scores(criterion)
             by_evidence = [None] if experiment.target == "evidence" else []
@@ -45,25 +40,14 @@ def _mask(
     name: str,
 ) -> Masked:
     """Prune to a sparsity, or where there is none, to that of most evidence."""
-    bench, found = subject.bench, None
+    found = None
     if sparsity is None:
         chosen, found = masks_by_evidence(subject, _comparable(experiment, values))
     else:
         chosen = _choose(subject, experiment, criterion, values, sparsity)
     achieved = masks.sparsity_of(chosen)
-    pruned = copy.deepcopy(subject.model)
-    masks.apply_masks(pruned, chosen)
-    before, after = bench.quality(pruned, bench.data.test), None
-    if experiment.finetune is not None:
-        subject.finetune(pruned, experiment.finetune, f"{name}.finetune", chosen)
-        after = bench.quality(pruned, bench.data.test)
-    folder = bench.folder / name
-    artifact.save(
-        pruned,
-        folder,
-        preprocessing=bench.data.preprocessing,
-        extra={"sparsity": achieved, "criterion": criterion},
-    )
+    about = {"sparsity": achieved, "criterion": criterion}
+    pruned, before, after = subject.masked(chosen, experiment.finetune, name, about)
     return Masked(
         experiment=index,
         criterion=criterion,
@@ -73,7 +57,7 @@ def _mask(
         nonzero=cost.nonzero(pruned),
         pruned=before,
         finetuned=after,
-        artifact=f"{bench.relative}/{name}",
+        artifact=f"{subject.bench.relative}/{name}",
     )
 
 

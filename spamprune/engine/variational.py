@@ -106,7 +106,7 @@ def train_field(
     Returns:
         The posterior, a record per epoch, and what inference gives besides the means.
     """
-    field = _field(bench, settings, model)
+    field = MeanField(model, len(bench.data.train), prior=settings.prior)
     likelihood = likelihood_of(bench.config.loss)
     method = ByBound(field, likelihood)
     if settings.reduction is not None:
@@ -139,10 +139,6 @@ def check_reduction(model: nn.Module) -> None:
         raise PruningError(
             "reduction leaves the last layer whole, and the network has no other: leave it out"
         )
-
-
-def _field(bench: Bench, settings: Variational, model: nn.Module) -> MeanField:
-    return MeanField(model, len(bench.data.train), prior=settings.prior)
 
 
 def _infer(bench: Bench, settings: Variational, field: MeanField) -> Inference:

@@ -58,7 +58,7 @@ def training_panels(results: Results, experiment: int) -> Figure:
             line(axes, [1 - s for s in points], spreads, colours[name], {"marker": "o", "ms": 3})
         sparsity_axis(axes, {s for points in series.values() for s in points}, 0.11)
     handles = [entry(name, color=colours[name], lw=3, ls="-") for name in names]
-    legend(figure, [*handles, entry("unpruned", color=GREY, **_UNPRUNED)], 5)
+    legend(figure, [*handles, entry("unpruned", color=GREY, **_UNPRUNED)])
     return figure
 
 
@@ -85,7 +85,7 @@ def finetuning_panels(results: Results, experiment: int) -> Figure:
         entry("fine-tuned", marker="o", **_STAGES["finetuned"]),
         entry("unpruned", color=GREY, **_UNPRUNED),
     ]
-    legend(figure, handles, 5)
+    legend(figure, handles)
     return figure
 
 

@@ -127,7 +127,7 @@ def sparsity_curves(results: Results, experiment: int, stage: Stage) -> Figure:
     if found:
         handles.append(entry("most evidence", marker="*", ms=10))
     handles.append(entry("unpruned", color=GREY, lw=1, ls=(0, (4, 3))))
-    legend(figure, handles, 5)
+    legend(figure, handles)
     return figure
 
 
@@ -221,7 +221,7 @@ def cost_accuracy(results: Results, experiment: int) -> Figure:
     if any(family.accuracy("scratch") for family in shown):
         handles.append(entry("trained from scratch", marker="x", mew=1.6))
     handles.append(entry("unpruned", marker="*", ms=10))
-    legend(figure, handles, 5)
+    legend(figure, handles)
     return figure
 
 
@@ -322,7 +322,7 @@ def training_curves(results: Results) -> Figure:
             axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         else:
             axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
-    legend(figure, [entry(n, color=c, lw=3, ls="-") for n, c in colours.items()], 5)
+    legend(figure, [entry(n, color=c, lw=3, ls="-") for n, c in colours.items()])
     return figure
 
 

@@ -119,7 +119,7 @@ def online_curves(results: Results) -> Figure:
     handles = [entry(name, color=colours[name], lw=3, ls="-") for name in names]
     handles += [entry("post hoc", **_POST_HOC)] if others else []
     words = {"pruned": "online, just cut", "trained": "online, trained on"}
-    legend(figure, handles + [entry(words[m], **_LOOKS[m]) for m in moments], 5)
+    legend(figure, handles + [entry(words[m], **_LOOKS[m]) for m in moments])
     return figure
 
 
@@ -164,7 +164,7 @@ def gradual_curves(results: Results) -> Figure:
     handles += [entry("just cut", **_LOOKS["pruned"]), entry("trained on", **_LOOKS["trained"])]
     if others:
         handles.append(entry("post hoc, as saved", marker=_POST_HOC["marker"]))
-    legend(figure, handles, 5)
+    legend(figure, handles)
     return figure
 
 

@@ -138,11 +138,11 @@ def criterion_markers(names: Iterable[str]) -> dict[str, str]:
     return _looks(names, _MARKERS)
 
 
-def legend(figure: Figure, handles: list[Any], columns: int) -> None:
+def legend(figure: Figure, handles: list[Any]) -> None:
     """Put one legend below all panels, where it covers no data; fewer columns for long names."""
     longest = max((len(handle.get_label()) for handle in handles), default=0)
     fitting = int(figure.get_figwidth() * 72 // (60 + 6 * longest))  # in points: symbol and letters
-    columns = max(min(columns, len(handles), fitting), 1)
+    columns = max(min(5, len(handles), fitting), 1)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 

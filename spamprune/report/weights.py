@@ -69,7 +69,7 @@ def precision_histograms(
         grid[last, column].tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("Share / %")
-    legend(figure, [Line2D([], [], color=colours[t], lw=3, label=t) for t in posteriors], 5)
+    legend(figure, [Line2D([], [], color=colours[t], lw=3, label=t) for t in posteriors])
     return figure
 
 
@@ -127,5 +127,5 @@ def filter_banks(banks: list[tuple[str, dict[str, Tensor | None]]]) -> Figure:
     for axes, state in zip(grid[0], states, strict=True):
         axes.set_title(_STATES[state])
     zero = Line2D([], [], color=ZERO, lw=8, label="exactly zero")
-    legend(figure, [zero], 1)
+    legend(figure, [zero])
     return figure

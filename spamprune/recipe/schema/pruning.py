@@ -27,11 +27,33 @@ def _leaves_out_masked(finetune: FineTune) -> FineTune:
 MaskedFineTune = Annotated[FineTune, AfterValidator(_leaves_out_masked)]
 
 
-class Unstructured(Section):
+class Selective(Section):
+    """An experiment on some of the trainings."""
+
+    trainings: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the trainings this applies to; all by default.",
+    )
+
+    def concerns(self, training: str) -> bool:
+        """Return whether the experiment is made on a training."""
+        return self.trainings is None or training in self.trainings
+
+
+class Masking(Selective):
+    """An experiment that sets weights to zero and leaves shapes as they are."""
+
+    criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
+    finetune: MaskedFineTune | None = Field(
+        None, description="Training after pruning; none by default."
+    )
+
+
+class Unstructured(Masking):
     """Global one-shot masks over all parameters."""
 
     kind: Literal["unstructured"] = Field(description="Which kind of pruning this is.")
-    criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
     sparsities: Annotated[list[Fraction], AfterValidator(distinct)] = Field(
         [0.2, 0.4, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.99],
         description="Fractions of weights set to zero.",
@@ -51,14 +73,6 @@ class Unstructured(Section):
         le=1000,
         description="How often weights are scored on the way to a sparsity; synflow's paper: 100.",
     )
-    trainings: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="Names of the trainings this applies to; all by default.",
-    )
-    finetune: MaskedFineTune | None = Field(
-        None, description="Training after pruning; none by default."
-    )
 
     @model_validator(mode="after")
     def _some_sparsity(self) -> Unstructured:
@@ -69,21 +83,12 @@ class Unstructured(Section):
         return self
 
 
-class SemiStructured(Section):
+class SemiStructured(Masking):
     """N:M masks: of each M weights along the input dimension the N best stay."""
 
     kind: Literal["semi_structured"] = Field(description="Which kind of pruning this is.")
-    criteria: Distinct[Criterion] = Field(["opd"], description="Scores to prune by.")
     n: int = Field(2, ge=1, description="N, the weights of each M that stay.")
     m: int = Field(4, ge=2, description="M, the size of a group; GPUs compute with 2 of 4.")
-    trainings: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="Names of the trainings this applies to; all by default.",
-    )
-    finetune: MaskedFineTune | None = Field(
-        None, description="Training after pruning; none by default."
-    )
 
     @model_validator(mode="after")
     def _something_goes(self) -> SemiStructured:
@@ -102,7 +107,7 @@ class Scratch(Optimiser):
     )
 
 
-class Structured(Units):
+class Structured(Units, Selective):
     """Units removed for real, coupled layers together."""
 
     kind: Literal["structured"] = Field(description="Which kind of pruning this is.")
@@ -116,11 +121,6 @@ class Structured(Units):
         description="Fractions that go from layers of these names or patterns in any case.",
     )
     targets: Distinct[Target] = Field(description="How small the network becomes.")
-    trainings: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="Names of the trainings this applies to; all by default.",
-    )
     recalibrate: bool = Field(
         False,
         description="Take the running statistics of BatchNorm anew, on the training data, before "
