@@ -23,6 +23,7 @@ from spamprune.recipe import dump, load
 from spamprune.recipe.schema import Recipe
 from spamprune.report.compare import compare
 from spamprune.report.results import Compacted, Results
+from tests.engine.test_run import KILLED
 
 ADAM = {"name": "adam", "lr": 0.003, "schedule": "constant"}
 TARGETS = [{"params": 0.5}, {"macs": 0.3}]
@@ -137,26 +138,6 @@ def test_a_forecast_counts_the_epochs_from_scratch(monkeypatch: pytest.MonkeyPat
     steps = -(-len(data.train) // 64)
     found = forecast(recipe(train=only, prune=[experiment]), data)
     assert found == pytest.approx((5 + 2 + (5 + 2)) * steps)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from spamprune.engine import fit
-from spamprune.engine.run import run
-from spamprune.recipe import load
-epochs = 0
-fit.CHECKPOINT_SECONDS = 0
-save = fit.checkpoint.save
-def saving(*arguments):
-    global epochs
-    save(*arguments)
-    epochs += 1
-    if epochs == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-fit.checkpoint.save = saving
-run(load(sys.argv[1]), Path(sys.argv[2]))
-"""
 
 
 @pytest.mark.parametrize("after", [8, 13], ids=["from scratch", "in fine-tuning"])
