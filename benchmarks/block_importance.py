@@ -83,7 +83,8 @@ def run(
     n_data = len(bench.data.train)
     curvature = sp.fit_posterior(model, loader, n_data=n_data, curvature=KRON).curvature
     posterior = sp.Posterior(curvature, trained.prior_precision, trained.temperature, float("nan"))
-    example = bench.example()
+    example, held_out = bench.example(), bench.data.validation
+    assert held_out is not None, "the recipe holds images out"
     found: dict[str, list[float]] = {}
     for row, (score, compensated) in ROWS.items():
         scores = score(model, posterior)
@@ -91,8 +92,8 @@ def run(
             plan = sp.plan(model, example, scores, target, ranking=ranking)
             full = sp.compensate(model, plan, posterior) if compensated else model
             small = sp.apply(full, plan)
-            found.setdefault(row, []).append(bench.quality(small, bench.data.validation).accuracy)
-    return bench.quality(model, bench.data.validation).accuracy, found
+            found.setdefault(row, []).append(bench.quality(small, held_out).accuracy)
+    return bench.quality(model, held_out).accuracy, found
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 ``python benchmarks/bmr.py cost NETWORK…`` times steps and scoring beside MAP's steps, ``memory
 NETWORK [PRIOR]`` measures how far a process grows.
-``python benchmarks/bmr.py evidence RUN TRAINING…`` takes the networks of a finished run of LeNet on
+``python benchmarks/bmr.py evidence RUN TRAINING…`` takes the networks of a finished run on
 Fashion-MNIST, lets the evidence choose their sparsity, and puts the choice beside fixed ones;
 ``units RUN TRAINING…`` does so with their widths.
 """
@@ -30,7 +30,7 @@ import spamprune as sp
 from spamprune.bayes.reduction import surplus
 from spamprune.data import load
 from spamprune.data.base import Loader
-from spamprune.engine.automatic import evidence_of, masks_by_evidence
+from spamprune.engine.automatic import masks_by_evidence
 from spamprune.engine.bench import Bench
 from spamprune.engine.cell import accelerator
 from spamprune.engine.subject import Subject
@@ -42,8 +42,8 @@ from spamprune.report import measure
 DATA = "fashion_mnist"
 BATCH = 128
 ROUNDS = 5  # of steps of each kind in turn, so that a busy machine slows all of them
-FIXED = (0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94)
-FIXED += (0.95, 0.96, 0.97, 0.98, 0.99)
+FIXED = [0.1, 0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.94]
+FIXED += [0.95, 0.96, 0.97, 0.98, 0.99]
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 LOST = 0.5  # points of accuracy
 
@@ -226,7 +226,7 @@ def units(run: Path, names: Sequence[str]) -> None:
             plan = sp.plan(subject.model, example, scores, target, ranking="global")
             return sp.apply(subject.model, plan), plan
 
-        small, plan = pruned(sp.Target(evidence=evidence_of(subject)))
+        small, plan = pruned(sp.Target(evidence=subject.evidence))
         gone = sum(len(g.pruned) for g in plan.groups) / sum(g.units for g in plan.groups)
         fixed = {r: network.accuracy(pruned(sp.Target(ratio=r))[0]) for r in RATIOS}
         print(

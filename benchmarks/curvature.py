@@ -159,9 +159,9 @@ def asdl(model: nn.Module, kind: str, shape: str) -> Run:
             for part, values in asdl_found(module).items()
         }
         return {
-            name: found[name].reshape(p.shape)
+            name: diagonal.reshape(p.shape)
             for name, p in trainable(model).items()
-            if found.get(name) is not None
+            if (diagonal := found.get(name)) is not None
         }
 
     return run
@@ -176,7 +176,8 @@ def asdl_found(module: nn.Module) -> dict[str, Tensor | None]:
         return {part: getattr(fisher.diag, part) for part in ("weight", "bias")}
     outputs, inputs = fisher.kron.B.diagonal(), fisher.kron.A.diagonal()
     found: dict[str, Tensor | None] = {"bias": outputs}
-    if len(inputs) == module.weight[0].numel():  # those of grouped convolutions are no factors
+    weight: Any = module.weight
+    if len(inputs) == weight[0].numel():  # those of grouped convolutions are no factors
         found["weight"] = outputs[:, None] * inputs
     return found
 
@@ -384,7 +385,7 @@ def compare(labels: Sequence[str], rows: Mapping[str, Row], options: argparse.Na
     for label in labels:
         network = NETWORKS[label]
         if options.memory:
-            found, unit = measure_memory(label, rows, options.batches), (2**20, "MiB")
+            found, unit = measure_memory(label, rows, options.batches), (2.0**20, "MiB")
         else:
             found = measure_time(network, rows, options.rounds, options.batches)
             unit = (1e-3, "ms")

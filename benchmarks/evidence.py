@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -28,11 +29,11 @@ def vision_transformer(parameters: float) -> nn.Module:
     """Return a module with the parameter tensors of a ViT-B/16, as deep as the number asks."""
     stem = [(WIDTH, 3, PATCH, PATCH), (WIDTH,), (1, 1, WIDTH), (1, TOKENS, WIDTH)]
     head = [(WIDTH,), (WIDTH,), (CLASSES, WIDTH), (CLASSES,)]
-    block = [(WIDTH,)] * 4
+    block: list[tuple[int, ...]] = [(WIDTH,)] * 4
     for out, inp in [(3, 1), (1, 1), (4, 1), (1, 4)]:
         block += [(out * WIDTH, inp * WIDTH), (out * WIDTH,)]
 
-    def size(shapes: list[tuple[int, ...]]) -> int:
+    def size(shapes: Sequence[tuple[int, ...]]) -> int:
         return sum(torch.Size(shape).numel() for shape in shapes)
 
     depth = max(1, round((parameters - size(stem + head)) / size(block)))

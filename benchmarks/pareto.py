@@ -291,7 +291,7 @@ def figure(points: Sequence[Point]) -> Figure:
         axes.set_xlabel(label)
     drawing.axes[0].set_ylabel("Test accuracy / %")
     drawing.axes[0].set_ylim(bottom=SHOWN_FROM)
-    style.legend(drawing, list(handles.values()), 3)
+    style.legend(drawing, list(handles.values()))
     return drawing
 
 

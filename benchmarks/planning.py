@@ -15,6 +15,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -34,13 +35,13 @@ def ours(model: nn.Module, example: Tensor) -> None:
 
 def theirs(model: nn.Module, example: Tensor) -> None:
     """Prune with torch-pruning."""
-    heads = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv")}
+    heads: dict[Any, Any] = {m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv")}
     pruner = tp.pruner.BasePruner(
         model,
         example,
         importance=tp.importance.GroupMagnitudeImportance(),
         pruning_ratio=0.5,
-        ignored_layers=[model.get_classifier()],
+        ignored_layers=[model.get_classifier()],  # type: ignore[operator]
         num_heads=heads,
         prune_num_heads=True,
         head_pruning_ratio=0.5,

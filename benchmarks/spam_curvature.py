@@ -90,17 +90,18 @@ def run(row: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             after = time.process_time() - started
             return posterior
 
-        SpaM.posterior = timed  # type: ignore[method-assign]
+        SpaM.posterior = timed  # type: ignore[assignment, method-assign]
         started = time.process_time()
         posterior = train(bench, model).posterior
         seconds = time.process_time() - started - after
         SpaM.posterior = fit_last  # type: ignore[method-assign]
-    values = scores.opd(model, posterior)
-    accuracies = [bench.quality(model, bench.data.validation).accuracy]
+    values, held_out = scores.opd(model, posterior), bench.data.validation
+    assert held_out is not None, "the recipe holds images out"
+    accuracies = [bench.quality(model, held_out).accuracy]
     for sparsity in SPARSITIES:
         pruned = copy.deepcopy(model)
         apply_masks(pruned, global_masks(values, sparsity))
-        accuracies.append(bench.quality(pruned, bench.data.validation).accuracy)
+        accuracies.append(bench.quality(pruned, held_out).accuracy)
     key = {k: getattr(options, k) for k in ("epochs", "temperature", "prior")}
     return key | {"row": row, "seed": seed, "seconds": seconds, "accuracies": accuracies}
 

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch_pruning as tp
@@ -149,10 +150,10 @@ def stock(name: str, ratio: float) -> dict[str, object]:
     for module in model.modules():
         for projection in ("qkv", "qkv_proj"):
             if hasattr(module, "num_heads") and hasattr(module, projection):
-                layer = getattr(module, projection)
+                layer: Any = getattr(module, projection)
                 if layer in pruner.num_heads:
-                    module.num_heads = pruner.num_heads[layer]
-                    module.head_dim = layer.out_features // (3 * module.num_heads)
+                    count = pruner.num_heads[layer]
+                    module.num_heads, module.head_dim = count, layer.out_features // (3 * count)
     outputs = model(torch.cat([example, example]))
     outputs.square().sum().backward()
     params = sum(p.numel() for p in model.parameters()) / dense

@@ -184,12 +184,14 @@ def streamed(
         parameters: Leaves that backward passes are for.
         consume: Takes the index of one and its gradient, dense.
     """
+    nothing = [p.detach().new_zeros(()).expand_as(p) for p in parameters]
 
     def take(index: int, gradient: Tensor) -> Tensor:
-        consume(index, gradient.to_dense())  # an embedding's may be sparse
-        if gradient.is_sparse:
+        if gradient.is_sparse:  # an embedding's may be
+            consume(index, gradient.to_dense())
             return torch.zeros_like(gradient)
-        return gradient.new_zeros(()).expand_as(gradient)
+        consume(index, gradient)
+        return nothing[index]
 
     hooks = [p.register_hook(partial(take, index)) for index, p in enumerate(parameters)]
     try:

@@ -23,6 +23,10 @@ from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
 from spamprune.modules import device_of
 
+#: Gradients of at most so many elements are kept until the end of a backward pass, and added to the
+#: sums together; larger ones go as soon as they are there.
+_SMALL = 2**16
+
 
 def sketch(
     model: nn.Module,
@@ -90,15 +94,15 @@ def sketch(
     sums = [zero_total(p) for p in weights]
     # for each tensor: its variance, summed over some elements, and whether it had a gradient
     variances = torch.zeros(len(weights), dtype=torch.float64, device=device)
-    fourths = [variances.new_zeros(())] * len(weights)
+    some = [variances.new_zeros(1)] * len(weights)
     used = [0.0] * len(weights)
     share = 1.0
 
-    def consume(index: int, gradient: Tensor) -> None:
-        sums[index].addcmul_(gradient, gradient, value=share)
-        squares = _sample(gradient).square()
-        fourths[index] = squares.dot(squares)
-        used[index] = 1.0
+    def add(indices: list[int], gradients: list[Tensor]) -> None:
+        torch._foreach_addcmul_([sums[i] for i in indices], gradients, gradients, value=share)
+        for i, gradient in zip(indices, gradients, strict=True):
+            some[i] = _some(gradient)
+            used[i] = 1.0
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         nonlocal share
@@ -114,12 +118,19 @@ def sketch(
             spread = 2 / 3
         count = len(objectives)
         share = 1 / count
-        for i, objective in enumerate(objectives):
-            torch.autograd.grad(objective, weights, allow_unused=True, retain_graph=i + 1 < count)
-            variances.add_(torch.stack(fourths), alpha=spread * share**2)
+        for draw, objective in enumerate(objectives, start=1):
+            found = torch.autograd.grad(
+                objective, weights, allow_unused=True, retain_graph=draw < count
+            )
+            there = [i for i in small if found[i] is not None]
+            add(there, [found[i].to_dense() for i in there])  # an embedding's may be sparse
+            norms = torch._foreach_norm(torch._foreach_mul(some, some), 2)
+            variances.add_(torch.stack(norms).square(), alpha=spread * share**2)
         return losses.detach().sum()
 
-    with streamed(weights, consume):
+    large = [i for i, p in enumerate(weights) if p.numel() > _SMALL]
+    small = sorted(set(range(len(weights))) - set(large))
+    with streamed([weights[i] for i in large], lambda i, gradient: add([large[i]], [gradient])):
         totals = accumulate(
             model, batches, step, likelihood=likelihood, samples=samples, piece=group
         )
@@ -181,18 +192,19 @@ def _spread(size: int, draws: int) -> float:
     return 2 * (size - 1) / (3 * size - 2) * (others + 1 - draws) / max(others, 1)
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def _some(tensor: Tensor) -> Tensor:
     """Return some thousands of evenly spaced elements in float64: all would cost a percent."""
-    return tensor.reshape(-1)[:: tensor.numel() // 4096 | 1].double()  # odd, to miss no row
+    step = tensor.numel() // 4096 | 1  # odd, to miss no row
+    return tensor.reshape(-1)[::step].to(torch.float64, copy=True)  # the rest can go
 
 
 def _relative_error(total: Tensor, variance: float) -> float:
     """Return the root-mean-square error of ``total`` over the root mean square of its target.
 
-    Both are over the elements of :func:`_sample`, whose summed variance is given. ``E total²``
+    Both are over the elements of :func:`_some`, whose summed variance is given. ``E total²``
     exceeds the target's square by the variance.
     """
-    target = _sample(total).square().sum().item() - variance
+    target = _some(total).square().sum().item() - variance
     if target <= 0:  # squares of gradients of a dead layer underflow: all of them is missing
         return 1.0 if variance > 0 else 0.0
     return math.sqrt(variance / target)
