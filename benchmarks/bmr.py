@@ -59,10 +59,10 @@ def trainer(
     inputs, targets = batch
 
     def step() -> None:
+        optimizer.zero_grad()
         loss = F.cross_entropy(trained(inputs), targets)
         if isinstance(trained, sp.MeanField):
             loss = loss + trained.penalty()
-        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 

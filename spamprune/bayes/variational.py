@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from spamprune.bayes import reparameterised
 from spamprune.bayes.curvature import Curvature
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import check_shapes, named_parameters
@@ -115,11 +116,7 @@ class MeanField(nn.Module):
         weights, parts = {}, {}
         drawn = zip(self._names, self._scales(draw=True), self.means, self.spreads, strict=True)
         for name, scale, mean, spread in drawn:
-            scale = scale * self._mask(name)
-            parts[name] = (
-                scale * mean,
-                scale * (F.softplus(spread) * torch.randn_like(spread)),
-            )
+            parts[name] = reparameterised.draw(mean, spread, scale, self._mask(name))
             weights[name] = parts[name][0] + parts[name][1]
         return weights, parts
 
@@ -147,9 +144,8 @@ class MeanField(nn.Module):
         """Return KL(q‖p) of weights and scales in nats, ≥ 0."""
         total = torch.stack([cast(LayerScale, scale).divergence() for scale in self.scales]).sum()
         for name, mean, spread in zip(self._names, self.means, self.spreads, strict=True):
-            sigma = F.softplus(spread)
-            each = 0.5 * (mean.square() + sigma.square() - 1) - sigma.log()
-            total = total + (each * self._mask(name)).sum()  # what is pruned is as the prior
+            # what is pruned is as the prior
+            total = total + reparameterised.divergence(mean, spread, self._mask(name))
         return total
 
     @torch.no_grad()
