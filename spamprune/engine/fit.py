@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from spamprune.data import Split
 from spamprune.data.base import Augment, mixed_seed
@@ -24,6 +23,7 @@ from spamprune.engine import checkpoint
 from spamprune.engine.methods import Method
 from spamprune.engine.objective import CROSS_ENTROPY, Objective
 from spamprune.errors import TrainingError
+from spamprune.modules import batch_norms
 from spamprune.pruning.masks import Masks, held
 from spamprune.recipe.schema import Optimiser
 from spamprune.report import measure
@@ -141,7 +141,8 @@ def fit(
             np.random.seed(mixed_seed(job.seed, epoch) % 2**32)
             model.train()
             if job.norms == "frozen":
-                _freeze_norms(model)
+                for layer in batch_norms(model):
+                    layer.eval()
             total = torch.zeros((), device=accelerator.device)
             for step, (inputs, targets) in enumerate(loader, start=(epoch - 1) * steps):
                 if schedule is not None:
@@ -194,12 +195,6 @@ def _parameter_groups(model: nn.Module, optimiser: Optimiser) -> list[dict[str, 
         return [{"params": trainable}]
     tensors = [p for p in trainable if p.numel() > 1]
     return [{"params": tensors}, {"params": scalars, "lr": optimiser.lr / 10}]
-
-
-def _freeze_norms(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
 
 
 def _finite(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from spamprune import models
 from spamprune.bayes.parameters import named_parameters
@@ -20,8 +21,9 @@ from spamprune.engine.objective import check_loss
 from spamprune.engine.parallel import Key
 from spamprune.engine.progress import Progress
 from spamprune.engine.variational import check_reduction
-from spamprune.errors import OutputError
+from spamprune.errors import OutputError, RecipeError
 from spamprune.files import write_tensors, write_text
+from spamprune.modules import batch_norms
 from spamprune.pruning.plan import Target, check_reachable
 from spamprune.pruning.semi_structured import semi_structured_masks
 from spamprune.recipe import dump, fingerprint, load
@@ -93,6 +95,7 @@ def _preflight(recipe: Recipe, data: DataSet) -> None:
     tunings = [experiment.finetune for experiment in recipe.prune]
     for stage in (*recipe.train.values(), *filter(None, tunings)):
         check_loss(stage.loss, data.shape)
+    _check_norms(recipe, model)
     inputs, _ = next(iter(data.test.loader(1)))
     for training in recipe.train.values():
         if training.gradual is not None:
@@ -109,6 +112,23 @@ def _preflight(recipe: Recipe, data: DataSet) -> None:
         if isinstance(experiment, SemiStructured):
             anything = {n: p.detach() for n, p in named_parameters(model).items()}
             semi_structured_masks(model, anything, n=experiment.n, m=experiment.m)
+
+
+def _check_norms(recipe: Recipe, model: nn.Module) -> None:
+    """Raise if a recipe says what is to become of BatchNorms, and there are none."""
+    if batch_norms(model):
+        return
+    asked = [f"train.{name}.norms" for name, t in recipe.train.items() if t.norms == "frozen"]
+    for index, experiment in enumerate(recipe.prune):
+        if experiment.finetune is not None and experiment.finetune.norms == "frozen":
+            asked.append(f"prune.{index}.finetune.norms")
+        if isinstance(experiment, Structured) and experiment.recalibrate:
+            asked.append(f"prune.{index}.recalibrate")
+    if asked:
+        raise RecipeError(
+            f"{', '.join(asked)}: {recipe.model.name} has no BatchNorm with running statistics: "
+            "leave it out"
+        )
 
 
 def _claim(recipe: Recipe, out: Path, resume: bool) -> None:

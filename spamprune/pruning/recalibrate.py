@@ -6,10 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from spamprune.errors import DataError
-from spamprune.modules import device_of, evaluation_mode
+from spamprune.modules import batch_norms, device_of, evaluation_mode
 
 
 @torch.no_grad()
@@ -29,7 +28,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> i
     Raises:
         DataError: There are no batches, or one is too small for a variance.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    layers = batch_norms(model)
     if not layers:
         return 0
     momenta = [layer.momentum for layer in layers]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from spamprune.report.formats import ABSENT, DIGITS, count, number, plus_minus
 from spamprune.report.plots import METRICS
 from spamprune.report.results import ByEvidence, Cell, Masked, Results
 from spamprune.report.summary import spread, spread_of, trainings
-from spamprune.report.tables import _DIGITS, _Cell, _table, _Text, count, number, plus_minus
+from spamprune.report.table import Entry, Table, Text
 
 NOTE = (
     "Mean over seeds ± standard error. Averaged: probabilities averaged over draws of the weights. "
@@ -14,18 +15,18 @@ NOTE = (
 )
 
 
-def inference_table(results: Results) -> str:
+def inference_table(results: Results) -> Table:
     """Return the table of variational trainings: quality at the means and averaged, and pruned."""
-    head: list[_Cell] = [
-        _Text("Training"),
+    head: list[Entry] = [
+        Text("Training"),
         "Seeds",
-        _Text("Prediction"),
+        Text("Prediction"),
         *METRICS.values(),
         "Quantile ECE",
         "Weights at zero / %",
         "Seconds per epoch",
     ]
-    rows: list[list[_Cell]] = []
+    rows: list[list[Entry]] = []
     for name, cells in trainings(results).items():
         found = [cell.inference for cell in cells if cell.inference is not None]
         if not found:
@@ -39,49 +40,49 @@ def inference_table(results: Results) -> str:
             quantile = [q.quantile_ece for q in qualities if q.quantile_ece is not None]
             rows.append(
                 [
-                    _Text(name),
+                    Text(name),
                     str(len(cells)),
-                    _Text(words),
-                    *(plus_minus(spread_of(qualities, m), _DIGITS[m]) for m in METRICS),
+                    Text(words),
+                    *(plus_minus(spread_of(qualities, m), DIGITS[m]) for m in METRICS),
                     plus_minus(spread(quantile) if quantile else None, 3),
                     plus_minus(sparsity, 1),
                     number(seconds, 1),
                 ]
             )
-    return _table(head, rows) if rows else ""
+    return Table(head, rows)
 
 
-def reductions_table(results: Results) -> str:
+def reductions_table(results: Results) -> Table:
     """Return the table of model reductions: how far each went, and the evidence before and after.
 
     A reduction that was held back is one whose proposal would have lowered the evidence.
     """
-    head: list[_Cell] = [
-        _Text("Training"),
+    head: list[Entry] = [
+        Text("Training"),
         "Seed",
         "Epoch",
         "Proposed / %",
         "Pruned / %",
         "Log evidence before / nats",
         "after",
-        _Text("Pruned by layer / %"),
+        Text("Pruned by layer / %"),
     ]
-    rows: list[list[_Cell]] = [
+    rows: list[list[Entry]] = [
         [
-            _Text(cell.training),
+            Text(cell.training),
             str(cell.seed),
             str(record.epoch),
             number(100 * reduced.proposed, 1),
             number(100 * reduced.sparsity, 1),
             count(reduced.before),
             count(reduced.after),
-            _Text(_by_layer(reduced.pruned), long=True),
+            Text(_by_layer(reduced.pruned), long=True),
         ]
         for cell in results.cells
         for record in cell.history
         if (reduced := record.reduced) is not None
     ]
-    return _table(head, rows) if rows else ""
+    return Table(head, rows)
 
 
 def chosen(results: Results, experiment: int) -> list[tuple[Cell, Masked, ByEvidence]]:
@@ -94,16 +95,14 @@ def chosen(results: Results, experiment: int) -> list[tuple[Cell, Masked, ByEvid
     ]
 
 
-def evidence_table(results: Results, experiment: int) -> str:
+def evidence_table(results: Results, experiment: int) -> Table:
     """Return the table of the sparsities that the evidence chose in one experiment."""
     found = chosen(results, experiment)
-    if not found:
-        return ""
     tuned = any(masked.finetuned is not None for _, masked, _ in found)
-    head: list[_Cell] = [
-        _Text("Training"),
+    head: list[Entry] = [
+        Text("Training"),
         "Seed",
-        _Text("Criterion"),
+        Text("Criterion"),
         "Sparsity / %",
         "Just pruned / %",
         *(["Fine-tuned / %"] if tuned else []),
@@ -111,14 +110,14 @@ def evidence_table(results: Results, experiment: int) -> str:
         "Determined weights",
         "Log evidence before / nats",
         "after",
-        _Text("Pruned by layer / %"),
-        _Text("Notes"),
+        Text("Pruned by layer / %"),
+        Text("Notes"),
     ]
-    rows: list[list[_Cell]] = [
+    rows: list[list[Entry]] = [
         [
-            _Text(cell.training),
+            Text(cell.training),
             str(cell.seed),
-            _Text(masked.criterion),
+            Text(masked.criterion),
             number(100 * masked.achieved, 1),
             number(masked.pruned.accuracy, 2),
             *([number(masked.finetuned.accuracy, 2)] if masked.finetuned is not None else []),
@@ -126,12 +125,12 @@ def evidence_table(results: Results, experiment: int) -> str:
             count(evidence.effective),
             count(evidence.before),
             count(evidence.after),
-            _Text(_by_layer(evidence.pruned), long=True),
-            _Text("; ".join(evidence.notes) or "–", long=True),
+            Text(_by_layer(evidence.pruned), long=True),
+            Text("; ".join(evidence.notes) or ABSENT, long=True),
         ]
         for cell, masked, evidence in found
     ]
-    return f"<h3>Sparsity of most evidence</h3>\n{_table(head, rows)}"
+    return Table(head, rows)
 
 
 def _by_layer(pruned: dict[str, float]) -> str:

@@ -46,6 +46,21 @@ class Method:
     model: str
     train: Train
 
+    @property
+    def hessian(self) -> str:
+        """Return what the posterior's curvature is like, in the paper's words."""
+        if self.train.method == "variational":
+            return "Mean field"
+        return {"diag": "Diag", "kron": "KFAC"}[self.train.curvature.structure]
+
+    @property
+    def prior(self) -> str:
+        """Return what the prior is like."""
+        settings = self.train.inference()
+        if settings is not None:
+            return settings.prior
+        return "MAP" if self.train.method == "map" else self.train.prior.structure
+
 
 @dataclass(frozen=True)
 class Merged:

@@ -15,32 +15,28 @@ from spamprune.bayes.posterior import load_posterior
 from spamprune.errors import OutputError
 from spamprune.files import write_text
 from spamprune.report import bayes, panels, tables
+from spamprune.report.cuts import during, gradual_steps, online_steps
 from spamprune.report.patterns import NOTE, patterns
 from spamprune.report.plots import METRICS, cost_accuracy, sparsity_curves, training_curves
 from spamprune.report.results import Results, read_results
-from spamprune.report.schedules import (
-    during,
-    gradual_curves,
-    gradual_steps,
-    online_curves,
-    online_steps,
-)
+from spamprune.report.schedules import gradual_curves, online_curves
 from spamprune.report.style import training_colours
 from spamprune.report.summary import (
+    STAGES,
     TOLERANCE,
-    Stage,
     best_family,
     best_sparsity,
+    by_evidence,
     dense,
     families,
-    masked_series,
+    masked_stages,
     spread,
     trainings,
     unstructured_experiments,
 )
+from spamprune.report.table import TIES
 from spamprune.report.weights import filter_banks, precision_histograms, varied
 
-_STAGES: dict[Stage, str] = {"pruned": "just pruned", "finetuned": "fine-tuned"}
 _BAND = "Means over seeds; bands and bars are ± one standard error."
 
 _Section = tuple[str, list["_Figure"], str]  # title, figures, what follows them
@@ -198,29 +194,34 @@ def _training(results: Results) -> _Section:
         note += '<p class="soft">Those that were pruned in training are as they came out.</p>\n'
     else:
         title = "Unpruned networks"
-    return title, figures, tables.dense_table(results) + note
+    return title, figures, tables.dense_table(results).html() + note
 
 
 def _unstructured(results: Results, experiment: int) -> _Section:
     figures, content = [], []
-    for stage, words in _STAGES.items():
-        if not masked_series(results, experiment, stage):
-            continue
+    for stage in masked_stages(results, experiment):
+        words = STAGES[stage]
+        chosen = by_evidence(results, experiment, stage)
+        stars = ", stars the sparsity of most evidence" if chosen else ""
         caption = (
             f"Quality on the test data against sparsity, {words}. {_BAND} The sparsity axis is "
-            "logarithmic in the weights that remain; dashed lines without markers are unpruned, "
-            "stars the sparsity of most evidence."
+            "logarithmic in the weights that remain; dashed lines without markers are unpruned"
+            f"{stars}."
         )
         svg = sparsity_curves(results, experiment, stage)
         figures.append(_Figure(f"unstructured-{experiment}-{stage}", svg, caption))
         for metric, label in METRICS.items():
-            table = tables.masked_table(results, experiment, stage, metric)
+            table = tables.masked_table(results, experiment, stage, metric).html()
             title = f"{label} by sparsity, {words}"
             if metric == "accuracy":
                 content.append(f"<h3>{escape(title)}</h3>\n{table}")
             else:
                 content.append(f"<details><summary>{escape(title)}</summary>\n{table}</details>\n")
-    content.append(bayes.evidence_table(results, experiment))
+    if content:
+        content.append(f'<p class="soft">The best of each column is marked; {escape(TIES)}</p>\n')
+    evidence = bayes.evidence_table(results, experiment)
+    if evidence.rows:
+        content.append(f"<h3>Sparsity of most evidence</h3>\n{evidence.html()}")
     for name, svg, words in panels.figures(results, experiment):
         figures.append(_Figure(f"{name}-{experiment}", svg, f"{words} {_BAND}"))
     return f"Unstructured pruning (prune.{experiment})", figures, "".join(content)
@@ -228,7 +229,7 @@ def _unstructured(results: Results, experiment: int) -> _Section:
 
 def _semi_structured(results: Results, experiment: int) -> _Section:
     shown = [pattern for pattern in patterns(results) if pattern.experiment == experiment]
-    content = tables.patterns_table(shown) + f'<p class="soft">{escape(NOTE)}</p>\n'
+    content = tables.patterns_table(shown).html() + f'<p class="soft">{escape(NOTE)}</p>\n'
     return f"Semi-structured pruning (prune.{experiment})", [], content
 
 
@@ -239,24 +240,24 @@ def _structured(results: Results, experiment: int) -> _Section:
     )
     figure = _Figure(f"structured-{experiment}", cost_accuracy(results, experiment), caption)
     content = (
-        tables.compacted_table(results, experiment)
+        tables.compacted_table(results, experiment).html()
         + "<details><summary>Every pruned network: units kept, residual, notes, artifact</summary>"
         + '\n<p class="soft">Residual is the largest relative difference between the outputs of '
         "the compacted and the masked network.</p>\n"
-        + tables.networks_table(results, experiment)
+        + tables.networks_table(results, experiment).html()
         + "</details>\n"
     )
     return f"Structured pruning (prune.{experiment})", [figure], content
 
 
 def _inference(results: Results) -> _Section:
-    table = bayes.inference_table(results)
-    if not table:
+    inference, reductions = bayes.inference_table(results), bayes.reductions_table(results)
+    if not inference.rows:
         return "", [], ""
-    reductions = bayes.reductions_table(results)
-    if reductions:
-        table += f"<h3>Bayesian model reduction</h3>\n{reductions}"
-    return "Variational inference", [], table + f'<p class="soft">{escape(bayes.NOTE)}</p>\n'
+    content = inference.html()
+    if reductions.rows:
+        content += f"<h3>Bayesian model reduction</h3>\n{reductions.html()}"
+    return "Variational inference", [], content + f'<p class="soft">{escape(bayes.NOTE)}</p>\n'
 
 
 def _online(results: Results) -> _Section:
@@ -269,7 +270,7 @@ def _online(results: Results) -> _Section:
         f"whole. {_BAND}"
     )
     figures = [_Figure("online", online_curves(results), caption)]
-    return "Online pruning", figures, tables.online_table(results)
+    return "Online pruning", figures, tables.online_table(results).html()
 
 
 def _gradual(results: Results) -> _Section:
@@ -280,7 +281,7 @@ def _gradual(results: Results) -> _Section:
         f"after each cut, and right before the next one or at the end. {_BAND}"
     )
     figures = [_Figure("gradual", gradual_curves(results), caption)]
-    return "Gradual pruning", figures, tables.gradual_table(results)
+    return "Gradual pruning", figures, tables.gradual_table(results).html()
 
 
 def _parameters(folder: Path, results: Results) -> _Section:
@@ -339,9 +340,8 @@ def _appendix(folder: Path, results: Results) -> str:
     facts = {f"data: {key}": str(value) for key, value in results.data.items()}
     seconds = spread(cell.train_seconds for cell in results.cells).mean
     facts |= {"training": f"{seconds:.0f} seconds for each network"}
-    parts.append(
-        f"<h2>Data and environment</h2>\n{tables.facts_table(results.environment | facts)}"
-    )
+    table = tables.facts_table(results.environment | facts)
+    parts.append(f"<h2>Data and environment</h2>\n{table.html()}")
     recipe = folder / "recipe.yaml"
     if recipe.exists():
         text = escape(recipe.read_text(encoding="utf-8"))

@@ -1,14 +1,24 @@
-"""Pruning during training as the report shows it: cuts grouped over seeds, and their figures."""
+"""The figures of pruning during training: masks that grow, and units that go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from spamprune.report.cuts import (
+    C,
+    Moment,
+    Steps,
+    cost,
+    gradual_steps,
+    online_steps,
+    post_hoc,
+    quality,
+)
 from spamprune.report.plots import (
     COSTS,
     METRICS,
@@ -19,76 +29,15 @@ from spamprune.report.plots import (
     round_ticks,
     sparsity_axis,
 )
-from spamprune.report.results import Cell, GradualCut, OnlineCut, Quality, Results
+from spamprune.report.results import OnlineCut, Results
 from spamprune.report.style import legend, svg, training_colours
-from spamprune.report.summary import (
-    Family,
-    Spread,
-    families,
-    masked_series,
-    spread,
-    spread_of,
-    trainings,
-    unstructured_experiments,
-)
-
-Moment = Literal["pruned", "trained"]
-C = TypeVar("C", OnlineCut, GradualCut)
-Steps = dict[str, dict[int, list[C]]]  # training → epoch → one cut per seed
+from spamprune.report.summary import Family, families, spread_of
 
 _LOOKS: dict[Moment, dict[str, Any]] = {
     "pruned": {"marker": "o", "mfc": "white", "ls": ":", "lw": 0.9},
     "trained": {"marker": "o", "ls": (0, (4, 2))},
 }
 _POST_HOC = {"marker": "s", "ls": "-"}
-
-
-def online_steps(results: Results) -> Steps[OnlineCut]:
-    """Return the cuts of each training whose masks grew."""
-    return _grouped((cell, cut) for cell in results.cells for cut in cell.online)
-
-
-def gradual_steps(results: Results) -> Steps[GradualCut]:
-    """Return the cuts of each training that lost units."""
-    return _grouped((cell, cut) for cell in results.cells for cut in cell.gradual)
-
-
-def _grouped(cuts: Iterable[tuple[Cell, C]]) -> Steps[C]:
-    steps: Steps[C] = {}
-    for cell, cut in cuts:
-        steps.setdefault(cell.training, {}).setdefault(cut.epoch, []).append(cut)
-    return steps
-
-
-def quality(
-    cuts: Sequence[OnlineCut | GradualCut], moment: Moment, metric: str = "accuracy"
-) -> Spread | None:
-    """Return one field of the quality at a moment of a step, or None if it was not measured."""
-    measured: list[Quality | None] = [getattr(cut, moment) for cut in cuts]
-    present = [found for found in measured if found is not None]
-    return spread_of(present, metric) if present else None
-
-
-def post_hoc(results: Results) -> dict[str, dict[float, list[Quality]]]:
-    """Return what one-shot masks of the same criteria did to networks that were trained whole.
-
-    Returns:
-        Training → sparsity → one measurement per seed.
-    """
-    criteria = {cut.criterion for cell in results.cells for cut in cell.online}
-    whole = {name for name, cells in trainings(results).items() if not during(cells)}
-    series: dict[str, dict[float, list[Quality]]] = {}
-    for experiment in unstructured_experiments(results):
-        for (training, criterion), points in masked_series(results, experiment, "pruned").items():
-            if training in whole and criterion in criteria:
-                name = training if len(criteria) == 1 else f"{training}, {criterion}"
-                series.setdefault(name, {}).update(points)
-    return series
-
-
-def during(cells: Sequence[Cell]) -> bool:
-    """Return whether networks were pruned while they were trained."""
-    return any(cell.online or cell.gradual or cell.artifact for cell in cells)
 
 
 @svg
@@ -149,10 +98,10 @@ def gradual_curves(results: Results) -> Figure:
             _point(axes, family, field, colours[family.training])
         for name, cuts in steps.items():
             for moment, look in _LOOKS.items():
-                found = [(_cost(by, field), quality(by, moment)) for by in cuts.values()]
-                present = [(cost, value) for cost, value in found if value is not None]
+                found = [(cost(by, field), quality(by, moment)) for by in cuts.values()]
+                present = [(x, value) for x, value in found if value is not None]
                 spreads = [value for _, value in present]
-                line(axes, [cost for cost, _ in present], spreads, colours[name], look)
+                line(axes, [x for x, _ in present], spreads, colours[name], look)
         axes.set_xscale("log")
         round_ticks(axes)
         axes.xaxis.set_major_formatter(EngFormatter(unit=unit, sep=" "))
@@ -166,10 +115,6 @@ def gradual_curves(results: Results) -> Figure:
         handles.append(entry("post hoc, as saved", marker=_POST_HOC["marker"]))
     legend(figure, handles)
     return figure
-
-
-def _cost(cuts: Sequence[GradualCut], field: str) -> float:
-    return spread(getattr(cut.size, field) for cut in cuts).mean
 
 
 def _point(axes: Axes, family: Family, field: str, colour: str) -> None:

@@ -11,6 +11,12 @@ from typing import Literal
 from spamprune.report.results import Cell, Compacted, Quality, Results
 
 Stage = Literal["pruned", "finetuned", "scratch"]
+STAGES: dict[Stage, str] = {  # in words, in the order of time
+    "pruned": "just pruned",
+    "finetuned": "fine-tuned",
+    "scratch": "from scratch",
+}
+COST_FIELDS = ("params", "macs", "bytes")  # fields of a size
 MaskedSeries = dict[tuple[str, str], dict[float, list[Quality]]]
 
 TOLERANCE = 1.0  # points of accuracy that a headline may lose
@@ -67,6 +73,12 @@ def masked_series(results: Results, experiment: int, stage: Stage) -> MaskedSeri
                 points = series.setdefault((cell.training, masked.criterion), {})
                 points.setdefault(masked.requested, []).append(quality)
     return {key: dict(sorted(points.items())) for key, points in series.items()}
+
+
+def masked_stages(results: Results, experiment: int) -> list[Stage]:
+    """Return the stages at which an experiment's masks of given sparsities were measured."""
+    stages: tuple[Stage, ...] = ("pruned", "finetuned")
+    return [stage for stage in stages if masked_series(results, experiment, stage)]
 
 
 def by_evidence(
@@ -171,13 +183,12 @@ class SparsityRecord:
 def best_sparsity(results: Results) -> SparsityRecord | None:
     """Return the sparsest masked networks that lose at most :data:`TOLERANCE` points."""
     by_training = {name: dense(cells, "accuracy") for name, cells in trainings(results).items()}
-    stages: tuple[Stage, ...] = ("pruned", "finetuned")
     good = [
         SparsityRecord(
             training, criterion, sparsity, accuracy, by_training[training], stage == "finetuned"
         )
         for experiment in unstructured_experiments(results)
-        for stage in stages
+        for stage in masked_stages(results, experiment)
         for (training, criterion), points in masked_series(results, experiment, stage).items()
         for sparsity, qualities in points.items()
         for accuracy in [spread_of(qualities, "accuracy")]

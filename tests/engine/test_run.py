@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 
 import spamprune as sp
 from spamprune.engine.run import run
-from spamprune.errors import DataError, ModelError, OutputError, PruningError, TrainingError
+from spamprune.errors import (
+    DataError,
+    ModelError,
+    OutputError,
+    PruningError,
+    RecipeError,
+    TrainingError,
+)
 from spamprune.recipe import Recipe, load
 from spamprune.report.results import Results
 
@@ -256,6 +263,14 @@ def test_numbers_that_are_lost_stop_the_run_and_the_last_good_epoch_is_kept(
             {"prune": [{"kind": "structured", "targets": [{"macs": 0.0001}]}]},
             PruningError,
             "macs: 0.0001 cannot be reached",
+        ),
+        (
+            {
+                "train": {"map": {"method": "map", "norms": "frozen", "epochs": 1}},
+                "prune": [{"kind": "structured", "recalibrate": True, "targets": [{"macs": 0.5}]}],
+            },
+            RecipeError,
+            r"train\.map\.norms, prune\.0\.recalibrate: fc_cancer has no BatchNorm",
         ),
     ],
 )
