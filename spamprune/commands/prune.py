@@ -62,6 +62,14 @@ def prune(
             rich_help_panel=_BUDGET,
         ),
     ] = None,
+    evidence: Annotated[
+        bool,
+        typer.Option(
+            "--evidence",
+            help="None: as small as the evidence of the Laplace posterior says.",
+            rich_help_panel=_BUDGET,
+        ),
+    ] = False,
     weights: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Weights of the model, a safetensors file."),
@@ -118,10 +126,11 @@ def prune(
     chosen: Any = {"ranking": ranking, "kinds": tuple(kinds or DEFAULT_KINDS), "augment": augment}
     budgets = {"ratio": ratio, "macs": macs, "params": params, "bytes": bytes_, "latency": latency}
     given: dict[str, Any] = {name: v for name, v in budgets.items() if v is not None}
-    if len(given) != 1:
-        raise PruningError(f"give exactly one of {', '.join('--' + name for name in budgets)}")
+    if len(given) + evidence != 1:
+        valid = ", ".join(f"--{name}" for name in (*budgets, "evidence"))
+        raise PruningError(f"give exactly one of {valid}")
     request = engine.Request(
-        Target(**given),
+        None if evidence else Target(**given),
         criterion=criterion,
         round_to=round_to,
         calibration=calibration,

@@ -24,6 +24,7 @@ from spamprune.engine.stages import Stages
 from spamprune.errors import OutputError, PruningError, TrainingError, nearest
 from spamprune.files import write_text
 from spamprune.pruning.compaction import Plan, Ranking, apply, verify
+from spamprune.pruning.evidence import Evidence
 from spamprune.pruning.plan import Target, plan
 from spamprune.pruning.recalibrate import recalibrate
 from spamprune.pruning.units import DEFAULT_KINDS, KINDS, Kind
@@ -42,7 +43,7 @@ class Request:
     """What to do to a network.
 
     Attributes:
-        target: How small.
+        target: How small; None: as small as the evidence says.
         criterion: What scores weights.
         ranking: How units are compared; see :func:`spamprune.plan`.
         kinds: Which kinds of units may go.
@@ -59,7 +60,7 @@ class Request:
         TrainingError: The learning rate is not positive.
     """
 
-    target: Target
+    target: Target | None
     criterion: str = "opd"
     ranking: Ranking = "uniform"
     kinds: tuple[Kind, ...] = DEFAULT_KINDS
@@ -136,13 +137,15 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
     test("dense", model)
     with stages.stage(f"Laplace posterior on {some.samples} training samples"):
         posterior = fit_posterior(model, some, n_data=len(data.train), seed=request.seed)
-    key, value = request.target.named()
-    with stages.stage(f"plan for {key} {value:g} by {request.criterion}"):
+    aim = "the most evidence"
+    if request.target is not None:
+        aim = "{} {:g}".format(*request.target.named())
+    with stages.stage(f"plan for {aim} by {request.criterion}"):
         chosen = plan(
             model,
             example[:1],
             CRITERIA[request.criterion](model, posterior, data=some, seed=request.seed),
-            request.target,
+            request.target or Target(evidence=Evidence(model, posterior, some)),
             ranking=request.ranking,
             kinds=request.kinds,
             round_to=request.round_to,

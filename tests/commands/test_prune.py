@@ -57,7 +57,11 @@ def test_a_folder_of_images(image_root: Path, tmp_path: Path) -> None:  # noqa: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "error: give exactly one of --ratio, --macs, --params, --bytes, --latency"),
+        (
+            "",
+            "error: give exactly one of --ratio, --macs, --params, --bytes, --latency, --evidence",
+        ),
+        ("--ratio 0.5 --evidence", "error: give exactly one of --ratio, --macs"),
         ("--ratio 0.5 --macs 0.5", "error: give exactly one of --ratio, --macs"),
         ("--ratio 0.5 --criterion opdd", "error: unknown criterion 'opdd': did you mean 'opd'"),
         ("--ratio 0.5 --kinds head", "error: unknown kind of units 'head'"),

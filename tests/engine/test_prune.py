@@ -65,6 +65,19 @@ def test_everything_is_done_measured_and_saved(digits: DataSet, tmp_path: Path) 
     assert config.extra["criterion"] == "opd"
 
 
+def test_the_evidence_says_how_far(digits: DataSet, tmp_path: Path) -> None:
+    request = Request(None, calibration=200, batch_size=200, ranking="global")
+    found, outcome, said = work("test_resnet", digits, tmp_path / "o", request)
+    assert "plan for the most evidence by opd" in said
+    some = [next(iter(digits.train.loader(200, seed=0)))]
+    posterior = sp.fit_posterior(found.model, some, n_data=len(digits.train), seed=0)
+    scores = sp.scores.opd(found.model, posterior)
+    target = sp.Target(evidence=sp.Evidence(found.model, posterior, some))
+    by_hand = sp.plan(found.model, some[0][0][:1], scores, target, ranking="global")
+    assert outcome.plan == by_hand
+    assert outcome.sizes["pruned"].params < outcome.sizes["dense"].params
+
+
 def test_an_artifact_is_pruned_again(digits: DataSet, tmp_path: Path) -> None:
     request = Request(sp.Target(ratio=0.3), calibration=65, batch_size=64, criterion="taylor")
     _, first, _ = work("test_resnet", digits, tmp_path / "1", request)
