@@ -34,11 +34,11 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from tables import table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import spamprune.models.classic  # noqa: F401  (registers LeNet with timm)
+from spamprune.report.table import Entry, Table, Text
 
 Batches = list[tuple[Tensor, Tensor]]
 #: Goes over batches; returns the summed diagonal by name, or nothing to compare.
@@ -400,10 +400,15 @@ def compare(labels: Sequence[str], rows: Mapping[str, Row], options: argparse.Na
             cells[name].append(text)
             ratios[name].append(ratio)
         print(f"{label} done", file=sys.stderr, flush=True)
-    table(
-        ["peak memory" if options.memory else "time", *labels, "geometric mean"],
-        ([name, *cells[name], mean(ratios[name]) if name != GRADIENT else ""] for name in rows),
-    )
+    head: list[Entry] = [
+        Text("peak memory" if options.memory else "time"),
+        *labels,
+        "geometric mean",
+    ]
+    shown: list[list[Entry]] = [
+        [Text(name), *cells[name], mean(ratios[name]) if name != GRADIENT else ""] for name in rows
+    ]
+    print(Table(head, shown).markdown())
 
 
 def mean(ratios: Sequence[float | None]) -> str:

@@ -8,8 +8,8 @@ override is one of ``spamprune run``, such as ``train.diag-unitwise.temperature=
 
 from __future__ import annotations
 
+import argparse
 import copy
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -68,11 +68,19 @@ def prepare() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("recipe", help="a recipe's name or file")
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="TRAINING|OVERRIDE",
+        help="trainings (default: all), and overrides such as train.NAME.temperature=2",
+    )
+    options = parser.parse_args()
     prepare()
-    source, *arguments = sys.argv[1:]
-    overrides = [argument for argument in arguments if "=" in argument]
-    chosen = load(source, ["data.validation=0.1", *overrides])
-    names = [argument for argument in arguments if "=" not in argument] or list(chosen.train)
+    overrides = [argument for argument in options.arguments if "=" in argument]
+    chosen = load(options.recipe, ["data.validation=0.1", *overrides])
+    names = [name for name in options.arguments if "=" not in name] or list(chosen.train)
     pair = ("opd", "magnitude")
     print_head(pair)
     for name in names:

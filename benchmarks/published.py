@@ -7,8 +7,8 @@ whatever data and network the runs were.
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,8 +24,6 @@ def published(table: str) -> tuple[Numbers, str, str]:
     """Return a table's numbers, what it is of, and its metric."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["table"] == table]
-    if not lines:
-        raise SystemExit(f"no table {table}: choose 1, 2, 3 or 4")
     metric = lines[0]["metric"]
     title = f"Table {table}: {lines[0]['model']}, {lines[0]['dataset']}, {metric}"
     return _numbers(lines, METRICS[metric][1]), title, metric
@@ -73,4 +71,8 @@ def print_table(table: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print_table(sys.argv[1], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("table", choices=["1", "2", "3", "4"], help="of the paper")
+    parser.add_argument("comparison", type=Path, help="comparison.csv of spamprune compare")
+    options = parser.parse_args()
+    print_table(options.table, options.comparison)

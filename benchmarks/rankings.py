@@ -18,8 +18,8 @@ import torch
 import spamprune as sp
 from spamprune.pruning import cost
 from spamprune.pruning.compaction import Ranking
+from spamprune.report.formats import plus_minus
 from spamprune.report.summary import spread
-from spamprune.report.tables import plus_minus
 
 MACS = 0.32
 Row = tuple[float, float, float]  # parameters, accuracy just pruned, accuracy fine-tuned: percent

@@ -7,7 +7,7 @@ fine-tuning, and prints accuracy on those 5 000; test data is not touched. Run i
 
 from __future__ import annotations
 
-import sys
+import argparse
 from typing import Any
 
 from held_out import accuracies, prepare, print_head, print_row
@@ -40,8 +40,10 @@ def recipe(training: dict[str, Any], epochs: int) -> Recipe:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("epochs", nargs="?", type=int, default=20, help="of each training (20)")
+    options = parser.parse_args()
     prepare()
     print_head(["opd"])
     for name, training in ROWS:
-        made = recipe(training, int(sys.argv[1]) if len(sys.argv) > 1 else 20)
-        print_row(name, accuracies(made, "t", ["opd"]))
+        print_row(name, accuracies(recipe(training, options.epochs), "t", ["opd"]))

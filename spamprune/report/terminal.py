@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import get_args
+
 from rich import box
 from rich.table import Table
 
+from spamprune.report.cuts import Cut, Moment, achieved, quality
+from spamprune.report.formats import plus_minus, target
 from spamprune.report.patterns import patterns
 from spamprune.report.results import Results
 from spamprune.report.summary import (
-    Spread,
     dense,
     families,
     masked_series,
@@ -22,15 +26,46 @@ Rows = dict[tuple[str, str], dict[str, str]]
 
 
 def tables(results: Results) -> list[Table]:
-    """Return a table of the trainings, and one for each pruning experiment."""
+    """Return a table of the trainings, one of each kind of cut in them, one of each experiment."""
     overview = _table("test accuracy in %, ± standard error")
     for heading in ("training", "seeds", "accuracy", "log evidence"):
         overview.add_column(heading)
     for name, cells in trainings(results).items():
         evidence = spread(cell.log_evidence for cell in cells)
-        row = (name, str(len(cells)), _show(dense(cells, "accuracy")), f"{evidence.mean:.1f}")
-        overview.add_row(*row)
-    return [overview, *_unstructured(results), *_patterned(results), *_structured(results)]
+        accuracy = plus_minus(dense(cells, "accuracy"), 2)
+        overview.add_row(name, str(len(cells)), accuracy, f"{evidence.mean:.1f}")
+    after = [*_unstructured(results), *_patterned(results), *_structured(results)]
+    return [overview, *_online(results), *_gradual(results), *after]
+
+
+def _online(results: Results) -> list[Table]:
+    table = _last_cuts("masks that grew in training", "sparsity / %")
+    for name, cells in trainings(results).items():
+        last = [cell.online[-1] for cell in cells if cell.online]
+        if last:
+            table.add_row(name, f"{100 * last[0].sparsity:.4g}", *_moments(last))
+    return [table] if table.rows else []
+
+
+def _gradual(results: Results) -> list[Table]:
+    table = _last_cuts("units that went in training", "target → achieved")
+    for name, cells in trainings(results).items():
+        last = [cell.gradual[-1] for cell in cells if cell.gradual]
+        if last:
+            left = f"{target(last[0].target)} → {100 * achieved(last):.3g} %"
+            table.add_row(name, left, *_moments(last))
+    return [table] if table.rows else []
+
+
+def _last_cuts(title: str, measure: str) -> Table:
+    table = _table(f"{title}: mean accuracy at the last cut")
+    for heading in ("training", measure, "just cut", "trained on"):
+        table.add_column(heading)
+    return table
+
+
+def _moments(cuts: Sequence[Cut]) -> list[str]:
+    return [plus_minus(quality(cuts, moment), 2) for moment in get_args(Moment)]
 
 
 def _unstructured(results: Results) -> list[Table]:
@@ -89,8 +124,3 @@ def _experiment(title: str, rows: Rows) -> Table:
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-
-
-def _show(spread: Spread) -> str:
-    error = "" if spread.error is None else f" ± {spread.error:.2f}"
-    return f"{spread.mean:.2f}{error}"

@@ -1,10 +1,21 @@
 """What inference and evidence found, as tables, and as a star in the figure."""
 
+from pathlib import Path
+
 import pytest
 
-from spamprune.report import bayes
+from spamprune.report import bayes, page
+from spamprune.report.compare import compare
 from spamprune.report.plots import sparsity_curves
-from spamprune.report.results import ByEvidence, EpochRecord, Inference, Masked, Quality, Reduced
+from spamprune.report.results import (
+    ByEvidence,
+    EpochRecord,
+    Inference,
+    Masked,
+    Quality,
+    Reduced,
+    write_results,
+)
 from spamprune.report.summary import by_evidence, masked_series
 from spamprune.report.tables import compacted_table
 
@@ -64,15 +75,35 @@ def test_choices_of_the_seeds_are_one_point_and_no_part_of_the_curves(results, c
 
 def test_the_table_of_choices(results, chosen):
     found, _ = chosen
-    table = bayes.evidence_table(found, 0)
+    table = bayes.evidence_table(found, 0).html()
     for words in ("1,234", "−900", "−800", "fc 93, head 0", "evidence: look twice", "80.0"):
         assert words in table
-    assert bayes.evidence_table(results, 0) == ""
+    assert not bayes.evidence_table(results, 0).rows
+
+
+def test_the_page_names_stars_only_where_there_are_some(results, chosen, tmp_path):
+    for name, shown in (("without", results), ("with", chosen[0])):
+        write_results(tmp_path / name, shown)
+        captions = page.write(tmp_path / name).read_text(encoding="utf-8").split("<figcaption>")
+        (pruned,) = [c for c in captions if c.startswith("Quality") and "just pruned." in c]
+        assert ("stars the sparsity of most evidence" in pruned) == (name == "with")
+
+
+def test_a_comparison_has_the_choices_and_inference(results, chosen, make_run, tmp_path):
+    folder = Path(make_run("run"))
+    found, _ = chosen
+    inference = Inference(draws=20, averaged=quality(91.5), sparsity=0.71, pruned={"": 0.71})
+    found.cells[0].inference = inference
+    write_results(folder, found)
+    text = compare([folder], tmp_path / "out").read_text(encoding="utf-8")
+    assert "## Sparsity of most evidence (`prune.0 of run`)" in text
+    assert "fc 93, head 0" in text
+    assert "averaged, 20 draws" in text
 
 
 def test_tables_of_inference(results):
-    assert bayes.inference_table(results) == ""
-    assert bayes.reductions_table(results) == ""
+    assert not bayes.inference_table(results).rows
+    assert not bayes.reductions_table(results).rows
     reduced = Reduced(
         proposed=0.93, sparsity=0.71, pruned={"fc": 0.9, "": 0.1}, before=-5e4, after=-4e4
     )
@@ -83,10 +114,10 @@ def test_tables_of_inference(results):
         for cell in results.cells
     ]
     found = results.model_copy(update={"cells": cells})
-    table = bayes.inference_table(found)
+    table = bayes.inference_table(found).html()
     for words in ("posterior means", "averaged, 20 draws", "91.50", "0.031", "71.0", "2.5"):
         assert words in table
-    table = bayes.reductions_table(found)
+    table = bayes.reductions_table(found).html()
     for words in ("93.0", "71.0", "−50,000", "−40,000", "fc 90, network 10"):
         assert words in table
 
@@ -106,5 +137,5 @@ def test_units_by_evidence_are_told_in_nats(results):
         for cell in results.cells
     ]
     experiment = next(r.experiment for cell in results.cells for r in cell.compacted)
-    table = compacted_table(results.model_copy(update={"cells": cells}), experiment)
+    table = compacted_table(results.model_copy(update={"cells": cells}), experiment).html()
     assert "most evidence → +321 nats" in table

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 import csv
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from spamprune.report import compare as module
 from spamprune.report.compare import compare
 from spamprune.report.results import Results, read_results
-from spamprune.report.summary import Spread
 
 MakeRun = Callable[..., str]
 
@@ -118,24 +115,6 @@ def test_criteria_stand_together_as_in_the_paper(two_runs: list[str]) -> None:
         ["magnitude", "map"],
         ["magnitude", "spam-unitwise"],
     ]
-
-
-def test_best_is_bold_and_ties_are_marked() -> None:
-    column = [Spread(90.0, 1.0), Spread(91.0, 1.0), Spread(88.0, 1.0), None, Spread(90.9, None)]
-    assert module._marked(column, "accuracy") == [
-        "90.00 ± 1.00 †",  # 1.0 is less than √2
-        "**91.00 ± 1.00**",
-        "88.00 ± 1.00",
-        "–",
-        "90.90",  # no error, nothing to say
-    ]
-
-
-def test_less_is_better_for_the_other_metrics_and_nan_is_never_best() -> None:
-    column = [Spread(math.nan, None), Spread(0.5, 0.1), Spread(math.inf, None), Spread(0.5, 0.2)]
-    marked = module._marked(column, "nll")
-    assert marked == ["NaN", "**0.500 ± 0.100**", "∞", "**0.500 ± 0.200**"]
-    assert module._marked([Spread(math.nan, None)], "nll") == ["NaN"]
 
 
 def test_models_get_a_column_where_there_are_several(make_run: MakeRun) -> None:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from spamprune.report import page, tables
+from spamprune.report import page, tables, terminal
 from spamprune.report.compare import compare
+from spamprune.report.cuts import gradual_steps, online_steps, post_hoc, quality
 from spamprune.report.results import (
     GradualCut,
     OnlineCut,
     Quality,
     Results,
-    read_results,
     write_results,
 )
-from spamprune.report.schedules import (
-    gradual_curves,
-    gradual_steps,
-    online_curves,
-    online_steps,
-    post_hoc,
-    quality,
-)
+from spamprune.report.schedules import gradual_curves, online_curves
 from tests.report.drawings import words_in
 
 
@@ -100,11 +94,11 @@ def test_figures_and_tables_name_what_they_show(results: Results) -> None:
     assert {"plain", "held", "paper", "post hoc", "online, just cut", "90", "50"} <= shown
     assert "online, trained on" in shown
     assert {"plain", "small", "just cut", "trained on"} <= words_in(gradual_curves(results))
-    table = tables.online_table(results)
+    table = tables.online_table(results).markdown()
     assert "Post hoc, plain" in table
     assert "stay zero" in table
     assert "84.50 ± 0.50" in table
-    table = tables.gradual_table(results)
+    table = tables.gradual_table(results).markdown()
     assert "10 % of MACs → 9 %" in table
     assert "conv1 4, fc 20" in table
 
@@ -131,11 +125,88 @@ def test_without_cuts_there_is_no_section(
     assert "Gradual pruning" not in written
 
 
-def test_a_comparison_draws_them(make_run: Callable[..., str], tmp_path: Path) -> None:
-    folder = Path(make_run("run"))
-    assert not list(compare([folder], tmp_path / "without").parent.glob("online.svg"))
-    found = read_results(folder)
-    cut = OnlineCut(epoch=2, criterion="opd", held=True, sparsity=0.9, pruned=_quality(80))
-    found.cells[0].online = [cut]
-    write_results(folder, found)
-    assert (compare([folder], tmp_path / "with").parent / "online.svg").is_file()
+def test_epochs_are_in_order_where_a_seed_needs_fewer_cuts(results: Results) -> None:
+    first, second = [cell for cell in results.cells if cell.training == "small"]
+    first.gradual = [
+        cut.model_copy(update={"epoch": epoch}) for epoch in (2, 6) for cut in first.gradual[:1]
+    ]
+    second.gradual = [
+        cut.model_copy(update={"epoch": epoch}) for epoch in (2, 4, 6) for cut in second.gradual[:1]
+    ]
+    assert {e: len(cuts) for e, cuts in gradual_steps(results)["small"].items()} == {
+        2: 2,
+        4: 1,
+        6: 2,
+    }
+    assert list(gradual_steps(results)["small"]) == [2, 4, 6]
+
+
+def test_the_terminal_shows_the_last_cuts(results: Results) -> None:
+    _, online, gradual, *_ = terminal.tables(results)
+    rows = [list(column.cells) for column in online.columns]
+    assert rows == [
+        ["held", "paper"],
+        ["90", "90"],
+        ["76.50 ± 0.50", "76.50 ± 0.50"],
+        ["84.50 ± 0.50", "–"],
+    ]
+    rows = [list(column.cells) for column in gradual.columns]
+    assert rows == [["small"], ["10 % of MACs → 9 %"], ["70.00 ± 0.00"], ["85.50 ± 0.50"]]
+
+
+@pytest.fixture
+def compared(results: Results, make_run: Callable[..., str], tmp_path: Path) -> Path:
+    """Return the folder of a comparison of one run, whose results these are."""
+    trainings = dict.fromkeys(("plain", "held", "paper", "small"), "spam")
+    folder = Path(make_run("run", trainings=trainings))
+    write_results(folder, results)
+    return compare([folder], tmp_path / "out").parent
+
+
+def test_a_comparison_of_one_run_has_sections_and_figures_of_them(compared: Path) -> None:
+    text = (compared / "comparison.md").read_text(encoding="utf-8")
+    assert "## Trained\n\nThose that were pruned in training are as they came out." in text
+    online = "| held | opd | stay zero | 4 | 2 | 90 | 76.50 ± 0.50 | 84.50 ± 0.50 |"
+    assert online in text
+    assert "| paper | opd | grow again | 4 | 2 | 90 | 76.50 ± 0.50 | – |" in text
+    (row,) = [line for line in text.splitlines() if "→ 9 %" in line]
+    assert row == (
+        "| small | opd | global | 4 | 2 | 10 % of MACs → 9 % | 70.00 ± 0.00 | 85.50 ± 0.50 | "
+        "60,170 | 23,172 | 240,680 | conv1 4, fc 20 |"
+    )
+    assert {"online.svg", "gradual.svg"} <= {file.name for file in compared.iterdir()}
+
+
+def test_a_comparison_has_their_numbers(compared: Path) -> None:
+    with (compared / "comparison.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    held = [line for line in lines if line["kind"] == "online" and line["training"] == "held"]
+    assert len(held) == 2 * 2 * 4  # cuts, stages, metrics
+    (line,) = [
+        line
+        for line in held
+        if (line["epoch"], line["stage"], line["metric"]) == ("4", "trained", "accuracy")
+    ]
+    assert (line["sparsity_pct"], line["criterion"], line["seeds"]) == ("90", "opd", "2")
+    assert (float(line["value"]), float(line["err"])) == pytest.approx((84.5, 0.5))
+    paper = [line for line in lines if line["kind"] == "online" and line["training"] == "paper"]
+    assert {line["stage"] for line in paper} == {"pruned"}
+    gradual = [line for line in lines if line["kind"] == "gradual"]
+    assert len(gradual) == 2 * (2 * 4 + 3)  # cuts × (stages × metrics + costs)
+    (macs,) = [line for line in gradual if (line["epoch"], line["metric"]) == ("4", "macs")]
+    assert (macs["ranking"], macs["target"]) == ("global", "10 % of MACs")
+    assert float(macs["value"]) == 23_172
+    kinds = {
+        line["training"]: line["kind"] for line in lines if line["kind"] in ("dense", "trained")
+    }
+    assert kinds == {"plain": "dense", **dict.fromkeys(("held", "paper", "small"), "trained")}
+
+
+def test_without_cuts_a_comparison_has_no_section(
+    make_run: Callable[..., str], tmp_path: Path
+) -> None:
+    path = compare([make_run("run")], tmp_path / "out")
+    text = path.read_text(encoding="utf-8")
+    assert "## Unpruned" in text
+    assert not any(word in text for word in ("## Online", "## Gradual", "## Trained"))
+    assert not list(path.parent.glob("online.svg")) + list(path.parent.glob("gradual.svg"))

@@ -1,0 +1,78 @@
+"""Cuts while a network is trained as the report shows them: grouped over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeVar
+
+from spamprune.report.results import Cell, GradualCut, OnlineCut, Quality, Results
+from spamprune.report.summary import (
+    Spread,
+    masked_series,
+    spread,
+    spread_of,
+    trainings,
+    unstructured_experiments,
+)
+
+Moment = Literal["pruned", "trained"]
+Cut = OnlineCut | GradualCut
+C = TypeVar("C", OnlineCut, GradualCut)
+Steps = dict[str, dict[int, list[C]]]  # training → epoch → one cut per seed
+
+
+def online_steps(results: Results) -> Steps[OnlineCut]:
+    """Return the cuts of each training whose masks grew."""
+    return _grouped((cell, cut) for cell in results.cells for cut in cell.online)
+
+
+def gradual_steps(results: Results) -> Steps[GradualCut]:
+    """Return the cuts of each training that lost units."""
+    return _grouped((cell, cut) for cell in results.cells for cut in cell.gradual)
+
+
+def _grouped(cuts: Iterable[tuple[Cell, C]]) -> Steps[C]:
+    steps: Steps[C] = {}
+    for cell, cut in cuts:
+        steps.setdefault(cell.training, {}).setdefault(cut.epoch, []).append(cut)
+    # a seed may need fewer cuts than another
+    return {training: dict(sorted(cuts.items())) for training, cuts in steps.items()}
+
+
+def quality(cuts: Sequence[Cut], moment: Moment, metric: str = "accuracy") -> Spread | None:
+    """Return one field of the quality at a moment of a step, or None if it was not measured."""
+    measured: list[Quality | None] = [getattr(cut, moment) for cut in cuts]
+    present = [found for found in measured if found is not None]
+    return spread_of(present, metric) if present else None
+
+
+def achieved(cuts: Sequence[GradualCut]) -> float:
+    """Return which fraction of the dense network's cost remains, on average."""
+    return spread(fraction for cut in cuts for fraction in cut.achieved.values()).mean
+
+
+def cost(cuts: Sequence[GradualCut], field: str) -> float:
+    """Return a field of the size, on average."""
+    return spread(getattr(cut.size, field) for cut in cuts).mean
+
+
+def post_hoc(results: Results) -> dict[str, dict[float, list[Quality]]]:
+    """Return what one-shot masks of the same criteria did to networks that were trained whole.
+
+    Returns:
+        Training → sparsity → one measurement per seed.
+    """
+    criteria = {cut.criterion for cell in results.cells for cut in cell.online}
+    whole = {name for name, cells in trainings(results).items() if not during(cells)}
+    series: dict[str, dict[float, list[Quality]]] = {}
+    for experiment in unstructured_experiments(results):
+        for (training, criterion), points in masked_series(results, experiment, "pruned").items():
+            if training in whole and criterion in criteria:
+                name = training if len(criteria) == 1 else f"{training}, {criterion}"
+                series.setdefault(name, {}).update(points)
+    return series
+
+
+def during(cells: Sequence[Cell]) -> bool:
+    """Return whether networks were pruned while they were trained."""
+    return any(cell.online or cell.gradual or cell.artifact for cell in cells)
