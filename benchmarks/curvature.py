@@ -428,7 +428,9 @@ def main() -> None:
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.batches < 2:
-        parser.error("--batches: a batch's cost is the difference of two calls, so give two or more")
+        parser.error(
+            "--batches: a batch's cost is the difference of two calls, so give two or more"
+        )
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
