@@ -40,6 +40,7 @@ def test_python_examples_run_and_prune(code, tmp_path, monkeypatch, capsys):
         "model": model,
         "loader": loader,
         "example": torch.randn(1, 1, 28, 28),
+        "in_order": loader,
         "decay": 1e-3,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
     }

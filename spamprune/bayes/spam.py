@@ -154,14 +154,11 @@ class SpaM:
             The evidence before and after, or None when no update was due.
 
         Raises:
-            PosteriorError: There are masks, and the curvature is Kronecker-factored.
+            PosteriorError: There are masks, and the curvature is Kronecker-factored, or other
+                parameters are trainable than when the prior was made.
         """
         if not self.due(epoch):
             return None
-        if self.masks is not None and self.curvature.structure == "kron":
-            raise PosteriorError(
-                "Kronecker factors cannot leave out the weights that masks do: use structure 'diag'"
-            )
         curvature = self._fit_curvature(loader, self.seed + epoch, self.curvature)
         before = self._log_evidence(curvature)
         given = (self.prior, self._parameters, curvature)
@@ -180,6 +177,16 @@ class SpaM:
     def _fit_curvature(
         self, loader: Iterable[tuple[Tensor, Tensor]], seed: int, method: CurvatureMethod
     ) -> Curvature:
+        if self.masks is not None and method.structure == "kron":
+            raise PosteriorError(
+                "Kronecker factors cannot leave out the weights that masks do: use structure 'diag'"
+            )
+        changed = named_parameters(self.model).keys() ^ self._parameters.keys()
+        if changed:
+            raise PosteriorError(
+                f"{', '.join(sorted(changed))}: frozen or not since the prior was made, which does "
+                "not act on them as on the others: make a new SpaM after freezing and unfreezing"
+            )
         curvature = fit_curvature(
             self.model,
             loader,
@@ -219,8 +226,13 @@ class SpaM:
         return evidence.log_evidence(self._parameters, curvature, delta, self.temperature)
 
     def mean_log_precision(self) -> list[float]:
-        """Return the mean log δ of each parameter tensor, in the model's order."""
-        return [d.log().mean().item() for d in self.prior.precision().values()]
+        """Return the mean log δ of each parameter tensor, of what is not masked, if anything."""
+        found = []
+        for name, delta in self.prior.precision().items():
+            mask = None if self.masks is None else self.masks[name]
+            left = delta if mask is None or not mask.any() else delta[mask]
+            found.append(left.log().mean().item())
+        return found
 
     def inherit(self, other: SpaM, cut: Callable[[str, Tensor], Tensor]) -> None:
         """Take over what ``other`` learned on a larger network, from which this one was cut.
@@ -261,7 +273,8 @@ def _step(
     state = optimizer.state[parameter]
     if "betas" in group and "exp_avg_sq" in state and "step" in state:
         correction = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
-        return group["lr"] / (state["exp_avg_sq"].sqrt() / correction + group["eps"])
+        squares = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # amsgrad divides by these
+        return group["lr"] / (squares.sqrt() / correction + group["eps"])
     raise PosteriorError(
         f"no implicit prior step for {type(optimizer).__name__} as it is set: add spam.penalty() "
         "to the loss instead"

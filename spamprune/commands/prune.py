@@ -101,6 +101,14 @@ def prune(
         int,
         typer.Option(min=1, help="Training samples for the posterior and for BatchNorm."),
     ] = 2000,
+    decay: Annotated[
+        float | None,
+        typer.Option(
+            help="Weight decay that the network was trained with, which makes the prior; with "
+            "--evidence the choice depends on it.",
+            show_default="a prior of N(0, 1)",
+        ),
+    ] = None,
     epochs: Annotated[
         int, typer.Option(min=0, help="Passes over the training data.", rich_help_panel=_TUNE)
     ] = 0,
@@ -134,6 +142,7 @@ def prune(
         criterion=criterion,
         round_to=round_to,
         calibration=calibration,
+        decay=decay,
         epochs=epochs,
         lr=lr,
         batch_size=batch_size,

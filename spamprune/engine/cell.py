@@ -87,7 +87,7 @@ def _arithmetic(threads: int) -> Iterator[None]:
 def _run(bench: Bench) -> Cell:
     trained = train(bench, initial_model(bench.recipe, bench.seed).to(bench.accelerator.device))
     model, posterior = trained.model, trained.posterior
-    subject = Subject(bench, model, posterior)
+    subject = Subject(bench, model, posterior, trained.masks)
     validation = bench.data.validation
     inference = trained.inference
     pruned = trained.online or trained.gradual or (inference and inference.sparsity > 0)

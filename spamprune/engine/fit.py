@@ -187,13 +187,20 @@ def fit(
 def _parameter_groups(model: nn.Module, optimiser: Optimiser) -> list[dict[str, Any]]:
     """Give single numbers (fixup's biases and multipliers) a tenth of SGD's learning rate.
 
-    So do Zhang et al. 2019 and the SpaM paper: one such number moves a whole layer.
+    So do Zhang et al. 2019 and the SpaM paper: one such number moves a whole layer. The bias of a
+    layer with one unit is none of them, nor is what a mean-field posterior adds.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    scalars = [p for p in trainable if p.numel() == 1]
+    scalars = [
+        p
+        for module in model.modules()
+        if not type(module).__module__.startswith(("torch.nn", "spamprune.bayes"))
+        for p in module.parameters(recurse=False)
+        if p.numel() == 1 and p.requires_grad
+    ]
     if optimiser.name != "sgd" or not scalars:
         return [{"params": trainable}]
-    tensors = [p for p in trainable if p.numel() > 1]
+    tensors = [p for p in trainable if not any(p is q for q in scalars)]
     return [{"params": tensors}, {"params": scalars, "lr": optimiser.lr / 10}]
 
 

@@ -77,10 +77,10 @@ def fit_gradually(
             cuts[-1] = cuts[-1].model_copy(update={"trained": bench.once(name, Quality, measure)})
 
     for epoch, budget in config.budgets(job.epochs).items():
-        train(epoch, bench.folder / f"gradual{epoch}.checkpoint.safetensors")
-        begun = epoch + 1
         if budget >= left:  # units are coarse: the cut before went as far
             continue
+        train(epoch, bench.folder / f"gradual{epoch}.checkpoint.safetensors")
+        begun = epoch + 1
         chosen = _plan(bench, config, model, spam, budget / left, epoch)
         small = compaction.apply(model, chosen)
         (key,) = chosen.target

@@ -49,6 +49,8 @@ class Request:
         kinds: Which kinds of units may go.
         round_to: Channels that remain in each layer are a multiple of this.
         calibration: Training samples for the posterior and for BatchNorm.
+        decay: The weight decay that the network was trained with, per step of SGD or decoupled: the
+            prior's precision over the number of training samples. None: the prior is N(0, 1).
         epochs: Of fine-tuning.
         lr: Learning rate of fine-tuning, by Adam, falling to zero along a cosine.
         batch_size: Samples in a step.
@@ -66,6 +68,7 @@ class Request:
     kinds: tuple[Kind, ...] = DEFAULT_KINDS
     round_to: int = 1
     calibration: int = 2000
+    decay: float | None = None
     epochs: int = 0
     lr: float = 3e-4
     batch_size: int = 64
@@ -82,6 +85,8 @@ class Request:
             for value in values:
                 if value not in valid:
                     raise PruningError(f"unknown {what} {value!r}: {nearest(value, valid)}")
+        if self.decay is not None and not 0 < self.decay < math.inf:
+            raise PruningError(f"weight decay {self.decay} is out of range: a positive number")
         if not 0 < self.lr <= 1e6:
             raise TrainingError(f"learning rate {self.lr} is out of range: a positive number")
 
@@ -136,7 +141,9 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
 
     test("dense", model)
     with stages.stage(f"Laplace posterior on {some.samples} training samples"):
-        posterior = fit_posterior(model, some, n_data=len(data.train), seed=request.seed)
+        n = len(data.train)
+        prior = 1.0 if request.decay is None else request.decay * n
+        posterior = fit_posterior(model, some, n_data=n, prior=prior, seed=request.seed)
     aim = "the most evidence"
     if request.target is not None:
         aim = "{} {:g}".format(*request.target.named())

@@ -42,6 +42,7 @@ def _mask(
 ) -> Patterned:
     bench, n, m = subject.bench, experiment.n, experiment.m
     chosen, notes = semi_structured_masks(subject.model, values, n=n, m=m)
+    chosen = subject.with_held(chosen)
     about = {"pattern": f"{n}:{m}", "criterion": criterion}
     pruned, before, after = subject.masked(chosen, experiment.finetune, name, about)
     half, sparse, more = _latencies(bench, pruned)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import nn
 
 from spamprune import artifact
 from spamprune.engine.bench import Bench, create_model
@@ -82,7 +83,10 @@ def _compact(
             scratch = bench.once(
                 f"{name}.scratch", Quality, partial(_from_scratch, bench, chosen, anew, name)
             )
-        subject.finetune(small, experiment.finetune, f"{name}.finetune")
+        held = subject.held and {
+            n: compaction.cut_tensor(chosen, n, mask) for n, mask in subject.held.items()
+        }
+        subject.finetune(small, experiment.finetune, f"{name}.finetune", held)
         after = bench.quality(small, bench.data.test)
     folder = bench.folder / name
     artifact.save(
@@ -112,9 +116,25 @@ def _from_scratch(bench: Bench, chosen: compaction.Plan, training: FineTune, nam
     fresh = create_model(bench.recipe, bench.seed).to(bench.example().device)
     shaped = compaction.apply(fresh, chosen)
     torch.manual_seed(bench.seed)
-    for module in shaped.modules():  # a slice of a larger layer has that layer's scale
+    reinitialise(shaped, fresh)
+    train_on(bench, shaped, training, f"{name}.scratch")
+    return bench.quality(shaped, bench.data.test)
+
+
+@torch.no_grad()
+def reinitialise(small: nn.Module, fresh: nn.Module) -> None:
+    """Draw the weights of a network that was cut from a fresh one as for its own sizes.
+
+    A slice of a larger layer has that layer's scale, so layers draw anew as torch does. What the
+    architecture sets to one number stays: residual branches that start at zero, gains. Parameters
+    that are no layer's own, such as positions, stay slices.
+    """
+    for module in small.modules():
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
-    train_on(bench, shaped, training, f"{name}.scratch")
-    return bench.quality(shaped, bench.data.test)
+    parameters = dict(small.named_parameters())
+    for name, whole in fresh.named_parameters():
+        first = whole.flatten()[0]
+        if whole.numel() > 1 and bool((whole == first).all()):
+            parameters[name].fill_(first)

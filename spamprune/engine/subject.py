@@ -34,11 +34,13 @@ class Subject:
         bench: The cell that it is of.
         model: The network.
         posterior: Around its weights.
+        held: False where its training pruned a weight for good, by name; None if it pruned none.
     """
 
     bench: Bench
     model: nn.Module
     posterior: Posterior
+    held: masks.Masks | None = None
 
     def scores(self, criterion: str, model: nn.Module | None = None) -> scores.Scores:
         """Score the trained network, or a masked copy of it."""
@@ -59,6 +61,11 @@ class Subject:
         for index, experiment in enumerate(self.bench.recipe.prune):
             if isinstance(experiment, kind) and experiment.concerns(self.bench.training):
                 yield index, experiment
+
+    def with_held(self, chosen: masks.Masks) -> masks.Masks:
+        """Return masks that hold, besides what they hold, what training pruned."""
+        held = self.held
+        return chosen if held is None else held | {n: m & held[n] for n, m in chosen.items()}
 
     @cached_property
     def evidence(self) -> Evidence:

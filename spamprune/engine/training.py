@@ -16,6 +16,7 @@ from spamprune.engine.gradual import fit_gradually
 from spamprune.engine.methods import ByPrior, spam_of
 from spamprune.engine.online import Cuts
 from spamprune.engine.variational import train_field
+from spamprune.pruning.masks import Masks
 from spamprune.report.results import EpochRecord, GradualCut, Inference, OnlineCut
 
 
@@ -30,6 +31,7 @@ class Trained:
         online: What masks that grew during training came to.
         gradual: What the removal of units during training came to.
         inference: What mean-field inference gives besides.
+        masks: False where a weight was pruned for good, if any could be.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Trained:
     online: list[OnlineCut] = field(default_factory=list)
     gradual: list[GradualCut] = field(default_factory=list)
     inference: Inference | None = None
+    masks: Masks | None = None
 
 
 def train(bench: Bench, model: nn.Module) -> Trained:
@@ -45,8 +48,8 @@ def train(bench: Bench, model: nn.Module) -> Trained:
     config, job, note = bench.config, job_for(bench), recorder(bench)
     settings = config.inference()
     if settings is not None:
-        posterior, history, inference = train_field(bench, settings, model, job, note)
-        return Trained(model, posterior, history, inference=inference)
+        posterior, history, inference, masks = train_field(bench, settings, model, job, note)
+        return Trained(model, posterior, history, inference=inference, masks=masks)
     online: list[OnlineCut] = []
     gradual: list[GradualCut] = []
     if config.gradual is not None:
@@ -63,7 +66,7 @@ def train(bench: Bench, model: nn.Module) -> Trained:
     path = bench.folder / "posterior.safetensors"
     if not path.exists():
         spam.posterior(bench.data.train.loader(config.batch_size)).save(path)
-    return Trained(model, load_posterior(path), history, online, gradual)
+    return Trained(model, load_posterior(path), history, online, gradual, masks=job.masks)
 
 
 def spam_for(bench: Bench, model: nn.Module) -> SpaM:

@@ -45,6 +45,7 @@ def _mask(
         chosen, found = masks_by_evidence(subject, _comparable(experiment, values))
     else:
         chosen = _choose(subject, experiment, criterion, values, sparsity)
+    chosen = subject.with_held(chosen)
     achieved = masks.sparsity_of(chosen)
     about = {"sparsity": achieved, "criterion": criterion}
     pruned, before, after = subject.masked(chosen, experiment.finetune, name, about)

@@ -19,7 +19,8 @@ from spamprune.engine.fit import Job, fit
 from spamprune.engine.methods import Tuned
 from spamprune.engine.objective import likelihood_of
 from spamprune.errors import PruningError
-from spamprune.pruning.masks import sparsity_of
+from spamprune.pruning.masks import Masks, sparsity_of
+from spamprune.pruning.recalibrate import recalibrate
 from spamprune.recipe.schema import Variational
 from spamprune.report.results import EpochRecord, Inference, Reduced
 
@@ -100,11 +101,12 @@ def train_field(
     model: nn.Module,
     job: Job,
     note: Callable[[EpochRecord], None],
-) -> tuple[Posterior, list[EpochRecord], Inference]:
+) -> tuple[Posterior, list[EpochRecord], Inference, Masks]:
     """Train a field on ``model``, leave the posterior means there, and fit the posterior.
 
     Returns:
-        The posterior, a record per epoch, and what inference gives besides the means.
+        The posterior, a record per epoch, what inference gives besides the means, and which weights
+        reductions left.
     """
     field = MeanField(model, len(bench.data.train), prior=settings.prior)
     likelihood = likelihood_of(bench.config.loss)
@@ -118,8 +120,10 @@ def train_field(
         torch.manual_seed(bench.seed)  # of the draws that the bound takes
         field.posterior(bench.data.train.loader(job.batch_size), likelihood).save(path)
     field.collapse()
+    # running statistics are those of drawn weights
+    recalibrate(model, bench.data.train.loader(job.batch_size, seed=bench.seed))
     inference = bench.once("inference", Inference, partial(_infer, bench, settings, field))
-    return load_posterior(path), history, inference
+    return load_posterior(path), history, inference, field.masks()
 
 
 def restore(model: nn.Module, settings: Variational, state: Mapping[str, Tensor]) -> None:

@@ -41,7 +41,8 @@ class Evidence:
         model: The trained network.
         posterior: Around it, under the prior that it was trained with. A pretrained network had its
             weight decay for a prior: fit the posterior with ``prior=decay * n_data``.
-        data: The training data, in the same order each time.
+        data: The training data, the same in the same order each time: neither shuffled nor
+            augmented.
         likelihood: Of the targets.
         samples: How many of the data the loss is measured on.
 
@@ -52,7 +53,8 @@ class Evidence:
         shares: How far they determine each parameter, 0 to 1, by name.
 
     Raises:
-        PosteriorError: The posterior is of another model, or there are no data.
+        PosteriorError: The posterior is of another model, there are no data, or they are others
+            each time.
     """
 
     @torch.no_grad()
@@ -82,6 +84,11 @@ class Evidence:
             self.shares[name] = ratio / (1 + ratio)
             self._gains[name] = 0.5 * (prior * parameter.double().square() + ratio.log1p())
         self.effective = sum(share.sum().item() for share in self.shares.values())
+        if not torch.equal(_first(data), _first(data)):
+            raise PosteriorError(
+                "the evidence compares losses of the same data, and the loader gave other inputs "
+                "the second time: give one that neither shuffles nor augments"
+            )
         self._dense = self._loss(model)
 
     def change(self, network: nn.Module, masks: Masks) -> float:
@@ -106,9 +113,13 @@ class Evidence:
                 seen += len(inputs)
                 if seen >= self._samples:
                     break
-        if not seen:
-            raise PosteriorError("the evidence needs data: the loader gave no batches")
         return loss * self._posterior.curvature.n_data / seen
+
+
+def _first(data: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    for inputs, _ in data:
+        return inputs
+    raise PosteriorError("the evidence needs data: the loader gave no batches")
 
 
 @dataclass(frozen=True)
@@ -133,14 +144,14 @@ def choose(
 
     Args:
         evidence: Of the network.
-        steps: From nothing pruned to as much as γ allows, ascending.
+        steps: From as little pruned as can be to as much as γ allows, ascending.
         prune: Returns the pruned network of a step, and its masks.
     """
-    changes = [0.0, *(evidence.change(*prune(step)) for step in steps[1:])]
+    changes = [evidence.change(*prune(step)) for step in steps]
     best = max(j for j, change in enumerate(changes) if change >= max(changes) - TIE)
     notes = []
     if best == 0:
-        notes.append("evidence: it favours removing nothing")
+        notes.append("evidence: it favours removing nothing more")
     elif best == len(steps) - 1:
         notes.append(
             f"evidence: still rising where no more weights are left than the data determine "

@@ -82,8 +82,10 @@ class Search:
             masks = {n: torch.ones_like(s, dtype=torch.bool) for n, s in evidence.shares.items()}
             for cut in plan.cuts:
                 if cut.tensor in masks:
-                    masks[cut.tensor].index_fill_(cut.dim, torch.tensor(cut.gone), False)
-            return masked(self.model, plan), masks
+                    gone = torch.tensor(cut.gone, device=masks[cut.tensor].device)
+                    masks[cut.tensor].index_fill_(cut.dim, gone, False)
+            # where norms see the mask's zeros, only the small network has its own loss
+            return (masked if plan.comparable else apply)(self.model, plan), masks
 
         low, high = 0, len(self.order) + 1
         while high - low > 1:  # as long as no fewer weights are left than the data determine
@@ -183,6 +185,8 @@ class Search:
     def _weights(self) -> dict[str, int]:
         """What an entry of each tensor counts: one, or its bytes."""
         parameters = dict(self.model.named_parameters())
+        if self.target.evidence is not None:  # frozen ones are not the posterior's to count
+            return dict.fromkeys(self.target.evidence.shares, 1)
         if self.target.bytes is None:
             return dict.fromkeys(parameters, 1)
         tensors = {**parameters, **dict(self.model.named_buffers())}

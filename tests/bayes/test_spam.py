@@ -26,10 +26,11 @@ def optimisers(parameters):
         "momentum": torch.optim.SGD(parameters, lr=0.02, momentum=0.9),
         "nesterov": torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True),
         "adam": torch.optim.Adam(parameters, lr=0.003),
+        "amsgrad": torch.optim.Adam(parameters, lr=0.02, amsgrad=True),
     }
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "amsgrad"])
 def test_shrinking_settles_where_the_penalised_loss_is_stationary(name):
     model, [(inputs, targets)] = problem()
     spam = SpaM(model, 64, prior="unitwise", precision=5.0, burn_in=None)
@@ -148,6 +149,26 @@ def test_updates_see_a_part_of_the_data_and_the_posterior_all():
     expected = fit_posterior(model, loader, n_data=64, curvature=CurvatureMethod(estimator="exact"))
     for name, diag in whole.curvature.diag.items():
         torch.testing.assert_close(diag, expected.curvature.diag[name])
+
+
+def test_parameters_that_were_unfrozen_since_are_named():
+    model, data = problem()
+    first, *_ = model.parameters()
+    first.requires_grad_(False)
+    spam = SpaM(model, 64, every=1)
+    first.requires_grad_(True)
+    with pytest.raises(PosteriorError, match="frozen or not since the prior was made"):
+        spam.update(1, data)
+
+
+def test_mean_precisions_leave_out_what_is_masked():
+    model, _ = problem()
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    spam = SpaM(model, 64, masks=masks)
+    name, factor = next(iter(masks)), spam.prior.factors()[0]
+    factor[0] = 5.0
+    masks[name][0] = False
+    assert spam.mean_log_precision()[0] == pytest.approx(factor[1:].mean().item())
 
 
 def test_the_noise_of_a_regression_is_learned():

@@ -175,6 +175,8 @@ def test_a_cut_that_coarse_units_forestalled_is_left_out(tmp_path):
     (cut,) = cell.gradual
     assert cut.widths == {"fc1": 20}
     assert [r.epoch for r in cell.history] == [1, 2, 3, 4, 5, 6]
+    # what came of it is measured at the end, not where a cut was left out
+    assert cut.trained == cell.dense
 
 
 def test_layers_that_are_down_to_a_unit_are_still_told_of(tmp_path):

@@ -233,3 +233,27 @@ def test_bundled_recipes_run(name, training, tmp_path):
     (cell,) = run(one, tmp_path / "run").cells
     settings = smoke.train[training].online
     assert [cut.epoch for cut in cell.online] == list(settings.shares(cell.history[-1].epoch))
+
+
+# ---- afterwards ----------------------------------------------------------------------------------
+
+
+def test_what_is_held_stays_pruned_in_later_experiments(tmp_path):
+    """90 % gone in training: neither lighter masks nor training after them bring any back."""
+    tuned = {"epochs": 2, "optimiser": {"name": "adam", "lr": 0.01}}
+    given = recipe().model_dump() | {
+        "prune": [
+            {"kind": "unstructured", "sparsities": [0.5], "finetune": tuned},
+            {"kind": "semi_structured", "finetune": tuned},
+            {"kind": "structured", "targets": [{"ratio": 0.2}], "finetune": tuned},
+        ]
+    }
+    out = tmp_path / "out"
+    (cell,) = run(Recipe.model_validate(given), out).cells
+    trained = sp.load(out / cell.artifact)
+    left = cost.nonzero(trained)
+    assert left <= 0.11 * cost.params(trained)
+    for record in (*cell.masked, *cell.patterned, *cell.compacted):
+        assert 0 < cost.nonzero(sp.load(out / record.artifact)) <= left
+    assert cell.masked[0].achieved == pytest.approx(0.9, abs=0.01)
+    assert cell.masked[0].nonzero == left

@@ -19,6 +19,7 @@ from spamprune.engine.bench import create_model
 from spamprune.engine.forecast import forecast
 from spamprune.engine.run import run
 from spamprune.errors import RecipeError
+from spamprune.models import create
 from spamprune.recipe import dump, load
 from spamprune.recipe.schema import Recipe
 from spamprune.report.compare import compare
@@ -195,3 +196,22 @@ def _yaml(value: object) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_yaml, value)) + "]"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def test_a_network_from_scratch_starts_as_its_architecture_and_its_sizes_say() -> None:
+    fresh = create("fixup_wrn16_4", depth=10, widen=2, num_classes=10)
+    example = torch.randn(2, 3, 8, 8)
+    scores = sp.scores.random(fresh, seed=0)
+    plan = sp.plan(fresh, example[:1], scores, sp.Target(ratio=0.5))
+    small = sp.apply(fresh, plan)
+    before = {name: p.clone() for name, p in small.named_parameters()}
+    structured.reinitialise(small, fresh)
+    zeros = {name for name, p in fresh.named_parameters() if not p.any()}
+    assert any(name.endswith("conv2.weight") for name in zeros)  # residual branches start at zero
+    for name, parameter in small.named_parameters():
+        if name in zeros:
+            assert not parameter.any()
+        elif parameter.dim() == 4:
+            assert not torch.equal(parameter, before[name])
+            bound = parameter[0].numel() ** -0.5  # torch's, uniform
+            assert 0.9 * bound < parameter.abs().max() <= bound

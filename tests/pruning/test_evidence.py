@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributions import MultivariateNormal
+from torch.utils.data import DataLoader, TensorDataset
 
 import spamprune as sp
 from spamprune.bayes.curvature import Curvature
@@ -130,7 +131,7 @@ def test_the_step_of_most_evidence_is_taken_and_the_bound_is_told():
     assert bounded.step == best
     assert "still rising" in bounded.notes[0]
     (none,) = choose(evidence, [0, 5], prune).notes
-    assert none == "evidence: it favours removing nothing"
+    assert none == "evidence: it favours removing nothing more"
 
 
 def trained(epochs=60):
@@ -180,6 +181,63 @@ def test_a_plan_by_evidence_keeps_what_is_needed(network):
         masks[cut.tensor].index_fill_(cut.dim, torch.tensor(cut.gone), False)
     assert plan.achieved["evidence"] == pytest.approx(evidence.change(small, masks), abs=1e-2)
     assert sp.Plan.from_json(plan.to_json()) == plan
+
+
+def masks_of(plan, evidence):
+    masks = {n: torch.ones_like(s, dtype=torch.bool) for n, s in evidence.shares.items()}
+    for cut in plan.cuts:
+        if cut.tensor in masks:
+            masks[cut.tensor].index_fill_(cut.dim, torch.tensor(cut.gone), False)
+    return masks
+
+
+def test_what_ratios_remove_in_any_case_counts(network):
+    model, posterior, data = network
+    evidence = sp.Evidence(model, posterior, data)
+    plan = sp.plan(
+        model, data[0][0][:1], sp.scores.opd(model, posterior), sp.Target(evidence=evidence),
+        ranking="global", ratios={"0": 0.95},
+    )  # fmt: skip
+    assert plan.widths()["0"] == 1
+    change = evidence.change(sp.apply(model, plan), masks_of(plan, evidence))
+    assert change < -10  # so that nothing else could be meant
+    assert plan.achieved["evidence"] == pytest.approx(change, rel=1e-3)
+
+
+def test_where_norms_see_zeros_the_small_network_is_judged():
+    torch.manual_seed(0)
+    inputs = torch.randn(200, 5)
+    data = [(inputs, (inputs[:, 0] > 0).long())]
+    model = nn.Sequential(nn.Linear(5, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 2))
+    posterior = sp.fit_posterior(model, data, n_data=200)
+    evidence = sp.Evidence(model, posterior, data)
+    scores = sp.scores.magnitude(model)
+    plan = sp.plan(model, inputs[:1], scores, sp.Target(evidence=evidence), ranking="global")
+    assert not plan.comparable
+    change = evidence.change(sp.apply(model, plan), masks_of(plan, evidence))
+    assert plan.achieved["evidence"] == pytest.approx(change, abs=1e-3)
+
+
+def test_frozen_parameters_do_not_count_as_left(network):
+    model, _, data = network
+    frozen = nn.Sequential(nn.Linear(5, 40), nn.Tanh(), nn.Linear(40, 5), *model)
+    for module in (frozen[0], frozen[2]):
+        module.requires_grad_(False)
+    fitted = sp.fit_posterior(frozen, data, n_data=400)
+    evidence = sp.Evidence(frozen, fitted, data)
+    scores = sp.scores.opd(frozen, fitted)
+    plan = sp.plan(frozen, data[0][0][:1], scores, sp.Target(evidence=evidence), ranking="global")
+    left = sum(mask.sum().item() for mask in masks_of(plan, evidence).values())
+    assert left >= evidence.effective
+
+
+def test_a_loader_that_shuffles_is_refused(network):
+    model, posterior, data = network
+    shuffled = DataLoader(TensorDataset(*data[0]), batch_size=50, shuffle=True)
+    with pytest.raises(PosteriorError, match="neither shuffles nor augments"):
+        sp.Evidence(model, posterior, shuffled)
+    with pytest.raises(PosteriorError, match="neither shuffles nor augments"):
+        sp.Evidence(model, posterior, iter([*data, (data[0][0] + 1, data[0][1])]))
 
 
 def test_faults_are_named(network):

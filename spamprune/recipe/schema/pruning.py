@@ -50,6 +50,10 @@ class Masking(Selective):
     )
 
 
+#: Criteria that give other scores once some weights are gone.
+_CHANGING = ("snip", "grasp", "taylor", "synflow")
+
+
 class Unstructured(Masking):
     """Global one-shot masks over all parameters."""
 
@@ -80,6 +84,13 @@ class Unstructured(Masking):
             raise fault("give at least one, or target: evidence", "sparsities")
         if self.target is not None and self.rounds > 1:
             raise fault("rounds lead to a sparsity that is given: leave target out", "target")
+        same = [c for c in self.criteria if c not in _CHANGING]
+        if self.rounds > 1 and same:
+            raise fault(
+                f"{', '.join(same)} would give the same masks at once: a posterior is fitted once, "
+                f"so rounds are for {', '.join(_CHANGING)}",
+                "rounds",
+            )
         return self
 
 
