@@ -16,9 +16,21 @@ from spamprune.bayes.variational import MeanField
 from spamprune.data import DataSet
 from spamprune.engine.bench import create_model
 from spamprune.engine.cell import accelerator
-from spamprune.recipe.schema import Recipe, SemiStructured, Structured, Training, Variational
+from spamprune.pruning.evidence import EVIDENCE_SAMPLES, STEPS
+from spamprune.recipe.schema import (
+    Recipe,
+    SemiStructured,
+    Structured,
+    Training,
+    Unstructured,
+    Variational,
+)
 
 _TIMED = 3
+#: Steps over the training data that a criterion takes; the others take a few at most.
+_SCORING = {"snip": 1, "taylor": 1, "grasp": 3}
+
+Experiment = Unstructured | SemiStructured | Structured
 
 
 def forecast(recipe: Recipe, data: DataSet, jobs: int = 1) -> float:
@@ -50,7 +62,7 @@ def forecast(recipe: Recipe, data: DataSet, jobs: int = 1) -> float:
     finally:
         torch.set_num_threads(before)
     total = sum(
-        _training(recipe, name, len(data.train), step[training.batch_size], inferred.get(name))
+        _training(recipe, name, data, step[training.batch_size], inferred.get(name))
         for name, training in recipe.train.items()
     )
     cells = len(recipe.train) * len(recipe.seeds)
@@ -90,35 +102,52 @@ def _inference(
 
 
 def _training(
-    recipe: Recipe, name: str, samples: int, step: float, inferred: float | None = None
+    recipe: Recipe, name: str, data: DataSet, step: float, inferred: float | None = None
 ) -> float:
     """Return the seconds that one seed of a training takes, with what is pruned of it."""
-    config = recipe.train[name]
+    config, samples = recipe.train[name], len(data.train)
     seconds = inferred or config.epochs * step * math.ceil(samples / config.batch_size)
     seconds += step * _evidence_batches(config, samples, config.batch_size)
     if (schedule := config.online or config.gradual) is not None:  # each cut fits a posterior
         cuts = len(schedule.shares(config.epochs))
         seconds += cuts * step * math.ceil(samples / config.batch_size)
-    for experiment in recipe.prune:
+    concerned = [experiment for experiment in recipe.prune if experiment.concerns(name)]
+    seconds += step * sum(_measuring(e, data) for e in concerned) / config.batch_size
+    for experiment in concerned:
         tune = experiment.finetune
         if tune is None:
             continue
-        if not experiment.concerns(name):
-            continue
         epochs = tune.epochs
         if isinstance(experiment, Structured):
-            networks = len(experiment.targets)
             epochs += experiment.scratch_epochs(config)
-        elif isinstance(experiment, SemiStructured):
-            networks = 1
-        else:
-            networks = len(experiment.sparsities)
         batches = math.ceil(samples / tune.batch_size) * tune.batch_size / config.batch_size
         taught = 4 / 3 if tune.distil is not None else 1  # a teacher's forward pass
         batches = epochs * batches * taught
         batches += _evidence_batches(tune, samples, config.batch_size)
-        seconds += len(experiment.criteria) * networks * batches * step
+        seconds += len(experiment.criteria) * _networks(experiment) * batches * step
     return seconds
+
+
+def _networks(experiment: Experiment) -> int:
+    """Return how many networks an experiment makes by each criterion."""
+    if isinstance(experiment, Structured):
+        return len(experiment.targets)
+    if isinstance(experiment, SemiStructured):
+        return 1
+    return len(experiment.sparsities) + (experiment.target is not None)
+
+
+def _measuring(experiment: Experiment, data: DataSet) -> float:
+    """Return for how many samples' steps an experiment scores, and measures what it pruned."""
+    tests = len(data.test) / 3  # a forward pass is a third of a step
+    found = len(experiment.criteria) * _networks(experiment) * tests
+    found += sum(_SCORING.get(criterion, 0) for criterion in experiment.criteria) * len(data.train)
+    if isinstance(experiment, Structured):
+        evidence = sum(target.evidence is not None for target in experiment.targets)
+    else:
+        evidence = isinstance(experiment, Unstructured) and experiment.target is not None
+    measured = min(EVIDENCE_SAMPLES, len(data.train))
+    return found + len(experiment.criteria) * evidence * STEPS * measured / 3
 
 
 def _evidence_batches(settings: Training, samples: int, size: int) -> float:

@@ -32,6 +32,8 @@ from spamprune.pruning.masks import Masks
 TIE = 1.0
 #: Networks whose evidence is measured, besides the dense one.
 STEPS = 20
+#: Training samples that the loss of each is measured on.
+EVIDENCE_SAMPLES = 10_000
 
 
 class Evidence:
@@ -65,7 +67,7 @@ class Evidence:
         data: Iterable[tuple[Tensor, Tensor]],
         *,
         likelihood: Likelihood = CLASSIFICATION,
-        samples: int = 10_000,
+        samples: int = EVIDENCE_SAMPLES,
     ):
         posterior.check(model)
         self.model, self._posterior = model, posterior

@@ -40,7 +40,19 @@ def test_evidence_updates_and_fine_tuning_count():
         {"kind": "unstructured", "sparsities": [0.5], "criteria": ["opd", "obd"]},
     ]
     found = forecast(recipe(train={"t": spam}, prune=pruned, seeds=[0]), data)
-    assert found == pytest.approx((10 + 2 + 2 * 3) * steps)
+    measured = 4 * len(data.test) / 3 / 50  # a forward pass is a third of a step
+    assert found == pytest.approx((10 + 2 + 2 * 3) * steps + measured)
+
+
+def test_scoring_and_the_search_for_the_most_evidence_count():
+    data = load("cancer")
+    samples, tests = len(data.train), len(data.test)
+    masks = {"kind": "unstructured", "sparsities": [0.5], "criteria": ["opd", "grasp"]}
+    plain = forecast(recipe(prune=[]), data)
+    scored = forecast(recipe(prune=[masks]), data) - plain
+    assert scored == pytest.approx(2 * (2 * tests / 3 + 3 * samples) / 50)
+    sought = forecast(recipe(prune=[masks | {"target": "evidence"}]), data) - plain - scored
+    assert sought == pytest.approx(2 * 2 * (tests / 3 + 20 * samples / 3) / 50)
 
 
 @pytest.mark.parametrize(
