@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spamprune.errors import PruningError
 from spamprune.pruning import trial
-from spamprune.pruning.axes.trace import trace
+from spamprune.pruning.axes.trace import Trace, trace
 from spamprune.pruning.candidates import Candidate, find
 from spamprune.pruning.compaction import Plan, Ranking, apply
 from spamprune.pruning.search import Chosen, Search, floors
@@ -65,23 +65,48 @@ def plan(
     found, notes = groups(model, traced, kinds=kinds, ignored=ignored)
     candidates, more = find(model, traced, found, scores, min_units, round_to, ratios or {})
     notes += more
+    if target.latency is not None or target.evidence is not None:
+        # the search itself runs pruned networks
+        candidates, more = _that_run(model, example, traced, candidates)
+        notes += more
     while True:
         _check_any(model, candidates, notes)
         search = Search(model, example, traced, candidates, ranking, target)
         counts, achieved = search.run()
         wanted = Chosen(model, traced, candidates, counts, ranking, target, achieved)
-        whole, parts = wanted.plan(None), wanted.parts()
-        prune = partial(_prune, wanted, whole, parts)
-        broken = trial.broken(example, traced.outputs, parts, prune)
-        if not broken:
+        whole, candidates, more = _tried(wanted, example)
+        if not more:
             return replace(whole, notes=(*notes, *search.notes, *floors(candidates, counts)))
-        notes += [
-            f"{m.group.layer}: left whole: {broken[c.name]}"
-            for c in candidates
-            for m in c.members
-            if c.name in broken
-        ]
-        candidates = [c for c in candidates if c.name not in broken]
+        notes += more
+
+
+def _that_run(
+    model: nn.Module, example: Tensor, traced: Trace, candidates: list[Candidate]
+) -> tuple[list[Candidate], list[str]]:
+    """Leave out candidates without half of whose units the network fails; return notes on them."""
+    notes: list[str] = []
+    while True:
+        search = Search(model, example, traced, candidates, "uniform", Target(ratio=0.5))
+        counts = search.counts(len(search.order) // 2)
+        half = Chosen(model, traced, candidates, counts, "uniform", search.target, 0)
+        _, candidates, more = _tried(half, example)
+        if not more:
+            return candidates, notes
+        notes += more
+
+
+def _tried(wanted: Chosen, example: Tensor) -> tuple[Plan, list[Candidate], list[str]]:
+    """Return a plan, the candidates without which the network runs, and notes on the others."""
+    whole, parts = wanted.plan(None), wanted.parts()
+    prune = partial(_prune, wanted, whole, parts)
+    broken = trial.broken(example, wanted.traced.outputs, parts, prune)
+    notes = [
+        f"{m.group.layer}: left whole: {broken[c.name]}"
+        for c in wanted.candidates
+        for m in c.members
+        if c.name in broken
+    ]
+    return whole, [c for c in wanted.candidates if c.name not in broken], notes
 
 
 def _check_any(model: nn.Module, candidates: Sequence[Candidate], notes: Sequence[str]) -> None:

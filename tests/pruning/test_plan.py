@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import spamprune as sp
 from spamprune import scores
 from spamprune.errors import PruningError
 from spamprune.models.classic import fc_cancer, lenet
@@ -308,6 +309,33 @@ def test_a_latency_budget_is_measured_on_pruned_networks(network, monkeypatch):
     assert found.groups == same.groups
     assert found.achieved["latency"] == pytest.approx(same.achieved["macs"])
     assert timed.count(network) == len(timed) / 2  # each time beside the dense network
+
+
+class Counted(nn.Module):
+    """Counts the units of one layer where no operation shows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        if len(self.fc1.weight.tolist()) != 12:
+            raise RuntimeError("twelve units")
+        return self.fc3(self.fc2(self.fc1(x).relu()).relu())
+
+
+@pytest.mark.parametrize("key", ["latency", "evidence"])
+def test_what_fails_is_left_whole_before_a_search_that_runs_networks(key, monkeypatch):
+    model, data = Counted(), [(torch.randn(40, 8), torch.randint(3, (40,)))]
+    monkeypatch.setattr("spamprune.pruning.search.cost.latency", cost.macs)
+    target = Target(latency=0.8)
+    if key == "evidence":
+        posterior = sp.fit_posterior(model, data, n_data=40)
+        target = Target(evidence=sp.Evidence(model, posterior, data))
+    found = plan(model, data[0][0][:1], magnitudes(model), target, ranking="global")
+    assert found.widths().get("fc1", 12) == 12
+    assert found.widths()["fc2"] < 12
+    assert any(note.startswith("fc1: left whole: ") and "twelve" in note for note in found.notes)
 
 
 @settings(max_examples=15, deadline=None)
