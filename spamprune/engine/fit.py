@@ -158,9 +158,11 @@ def fit(
             mean = total.item() / len(job.train)
             if not math.isfinite(mean) or not _finite(model):
                 there = f"{job.checkpoint} holds epoch {kept}" if kept else "no epoch was kept"
+                half = accelerator.mixed_precision != "no"
                 raise TrainingError(
                     f"the loss is {mean} in epoch {epoch} and weights are lost; {there}: lower "
                     f"the learning rate (optimiser.lr is {job.optimiser.lr})"
+                    + (", or train with arithmetic.precision fp32" if half else "")
                 )
             step_taken = method.after_epoch(epoch, plain)
             job.after_epoch(epoch)
