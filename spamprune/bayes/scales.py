@@ -48,9 +48,14 @@ class Positive(nn.Module):
 
 
 def _start(values: Sequence[Tensor], default: float) -> float:
-    """Return the root mean square of a layer's weights: where its scale starts."""
+    """Return the root mean square of a layer's weights: where its scale starts.
+
+    Weights that start at next to nothing (timm's class tokens and layer scales, at 1e-6) say as
+    little as zeros do, and far from its prior a scale would cost millions of nats: the default.
+    """
     square = sum(v.double().square().sum().item() for v in values)
-    return math.sqrt(square / sum(v.numel() for v in values)) or default
+    found = math.sqrt(square / sum(v.numel() for v in values))
+    return found if found > default / 100 else default
 
 
 class LayerScale(nn.Module):

@@ -101,9 +101,13 @@ def test_the_horseshoe_s_scales_against_its_formula():
     assert last.item() == pytest.approx(0.5)
 
 
-def test_a_layer_of_zeros_starts_at_the_prior_s_scale():
-    (scale,) = LayerScale([torch.zeros(3)], last=False)(draw=False)
+@pytest.mark.parametrize("size", [0.0, 1e-6])
+def test_a_layer_of_next_to_nothing_starts_at_the_prior_s_scale(size):
+    values = [torch.full((3,), size)]
+    (scale,) = LayerScale(values, last=False)(draw=False)
     assert scale.item() == pytest.approx(0.1)
+    for prior in (LayerScale(values, last=False), Horseshoe(values, last=False)):
+        assert 0 <= prior.divergence() < 100
 
 
 @pytest.mark.parametrize("prior", PRIORS)
