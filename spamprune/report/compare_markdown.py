@@ -123,8 +123,8 @@ def _trained_table(merged: Merged) -> Table:
             *_lead(merged, name, [len(cells)]),
             *column,
             plus_minus(spread(cell.log_evidence for cell in cells), 0),
-            count(cells[0].size.params),
-            count(cells[0].size.macs),
+            count(spread(cell.size.params for cell in cells).mean),
+            count(spread(cell.size.macs for cell in cells).mean),
         ]
         for (name, cells), *column in zip(groups.items(), *columns, strict=True)
     ]

@@ -62,7 +62,11 @@ def dense_table(results: Results) -> Table:
     ]
     rows: list[list[Entry]] = []
     for name, cells in trainings(results).items():
-        size = cells[0].size
+        # of networks that were pruned in training each seed has a size of its own
+        sizes = [
+            count(spread(getattr(cell.size, field) for cell in cells).mean)
+            for field in ("params", "macs", "bytes")
+        ]
         rows.append(
             [
                 Text(name),
@@ -70,9 +74,7 @@ def dense_table(results: Results) -> Table:
                 *(plus_minus(dense(cells, metric), DIGITS[metric]) for metric in METRICS),
                 plus_minus(spread(cell.log_evidence for cell in cells), 0),
                 plus_minus(spread(cell.train_seconds for cell in cells), 0),
-                count(size.params),
-                count(size.macs),
-                count(size.bytes),
+                *sizes,
                 *(milliseconds(_latencies(cells, batch)) for batch in batches),
             ]
         )

@@ -210,3 +210,13 @@ def test_without_cuts_a_comparison_has_no_section(
     assert "## Unpruned" in text
     assert not any(word in text for word in ("## Online", "## Gradual", "## Trained"))
     assert not list(path.parent.glob("online.svg")) + list(path.parent.glob("gradual.svg"))
+
+
+def test_sizes_are_means_over_seeds(results: Results) -> None:
+    first, second = (cell for cell in results.cells if cell.training == "small")
+    first.size = first.size.model_copy(update={"params": 3000})
+    second.size = second.size.model_copy(update={"params": 4000})
+    (row,) = [
+        line for line in tables.dense_table(results).markdown().splitlines() if "| small |" in line
+    ]
+    assert "| 3,500 |" in row
