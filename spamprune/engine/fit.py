@@ -193,17 +193,17 @@ def _parameter_groups(model: nn.Module, optimiser: Optimiser) -> list[dict[str, 
     layer with one unit is none of them, nor is what a mean-field posterior adds.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
-    scalars = [
-        p
+    scalars = {
+        id(p): p  # one that modules share counts once
         for module in model.modules()
         if not type(module).__module__.startswith(("torch.nn", "spamprune.bayes"))
         for p in module.parameters(recurse=False)
         if p.numel() == 1 and p.requires_grad
-    ]
+    }
     if optimiser.name != "sgd" or not scalars:
         return [{"params": trainable}]
-    tensors = [p for p in trainable if not any(p is q for q in scalars)]
-    return [{"params": tensors}, {"params": scalars, "lr": optimiser.lr / 10}]
+    tensors = [p for p in trainable if id(p) not in scalars]
+    return [{"params": tensors}, {"params": list(scalars.values()), "lr": optimiser.lr / 10}]
 
 
 def _finite(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from spamprune.report.summary import (
     STAGES,
     Family,
     Stage,
+    cost,
     dense,
     families,
     masked_series,
@@ -123,8 +124,7 @@ def _trained_table(merged: Merged) -> Table:
             *_lead(merged, name, [len(cells)]),
             *column,
             plus_minus(spread(cell.log_evidence for cell in cells), 0),
-            count(spread(cell.size.params for cell in cells).mean),
-            count(spread(cell.size.macs for cell in cells).mean),
+            *(count(cost(cells, field)) for field in ("params", "macs")),
         ]
         for (name, cells), *column in zip(groups.items(), *columns, strict=True)
     ]
@@ -157,7 +157,7 @@ def _compacted_table(merged: Merged, shown: Sequence[Family]) -> Table:
                 *map(Text, (name, family.criterion, family.ranking)),
                 *_lead(merged, family.training, [len(family.members)]),
                 *column,
-                *(count(family.cost(field).mean) for field in COST_FIELDS),
+                *(count(family.cost(field)) for field in COST_FIELDS),
                 f"{family.saving('macs'):.1f}×",
             ]
             for family, *column in zip(group, *columns, strict=True)

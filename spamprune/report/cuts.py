@@ -51,11 +51,6 @@ def achieved(cuts: Sequence[GradualCut]) -> float:
     return spread(fraction for cut in cuts for fraction in cut.achieved.values()).mean
 
 
-def cost(cuts: Sequence[GradualCut], field: str) -> float:
-    """Return a field of the size, on average."""
-    return spread(getattr(cut.size, field) for cut in cuts).mean
-
-
 def post_hoc(results: Results) -> dict[str, dict[float, list[Quality]]]:
     """Return what one-shot masks of the same criteria did to networks that were trained whole.
 

@@ -186,7 +186,7 @@ def cost_accuracy(results: Results, experiment: int) -> Figure:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (field, (noun, label, unit)) in zip(panels, COSTS.items(), strict=True):
         paths: dict[tuple[str, str, str], list[Family]] = {}
-        for family in sorted(shown, key=lambda family: family.cost(field).mean):
+        for family in sorted(shown, key=lambda family: family.cost(field)):
             key = (family.training, family.criterion, family.ranking)
             paths.setdefault(key, []).append(family)
         for (name, criterion, ranking), path in paths.items():
@@ -204,7 +204,7 @@ def cost_accuracy(results: Results, experiment: int) -> Figure:
         axes.set_xlabel(label)
         if best is not None:
             text = f"{best.saving(field):.1f}× fewer {noun}"
-            _callout(axes, best.cost(field).mean, best.final_accuracy().mean, text)
+            _callout(axes, best.cost(field), best.final_accuracy().mean, text)
     accuracy_axis(panels[0])
     panels[0].set_ylabel("Accuracy / %")
     coloured = list(cells) if by_training else criteria
@@ -235,7 +235,7 @@ def _path(
         "finetuned": {"marker": marker, "ls": line},
     }
     for stage, look in looks.items():
-        measured = [(family.cost(field).mean, family.accuracy(stage)) for family in path]
+        measured = [(family.cost(field), family.accuracy(stage)) for family in path]
         points = [(cost, accuracy) for cost, accuracy in measured if accuracy is not None]
         axes.errorbar(
             [cost for cost, _ in points],

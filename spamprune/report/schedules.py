@@ -13,7 +13,6 @@ from spamprune.report.cuts import (
     C,
     Moment,
     Steps,
-    cost,
     gradual_steps,
     online_steps,
     post_hoc,
@@ -31,7 +30,7 @@ from spamprune.report.plots import (
 )
 from spamprune.report.results import OnlineCut, Results
 from spamprune.report.style import legend, svg, training_colours
-from spamprune.report.summary import Family, families, spread_of
+from spamprune.report.summary import Family, cost, families, spread_of
 
 _LOOKS: dict[Moment, dict[str, Any]] = {
     "pruned": {"marker": "o", "mfc": "white", "ls": ":", "lw": 0.9},
@@ -121,7 +120,7 @@ def _point(axes: Axes, family: Family, field: str, colour: str) -> None:
     """Draw networks that were pruned after training."""
     value = family.final_accuracy()
     axes.errorbar(
-        [family.cost(field).mean],
+        [family.cost(field)],
         [value.mean],
         [value.error or 0.0],
         color=colour,

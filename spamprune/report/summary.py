@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from spamprune.report.results import Cell, Compacted, Quality, Results
+from spamprune.report.results import Cell, Compacted, GradualCut, Quality, Results
 
 Stage = Literal["pruned", "finetuned", "scratch"]
 STAGES: dict[Stage, str] = {  # in words, in the order of time
@@ -55,6 +55,11 @@ def trainings(results: Results) -> dict[str, list[Cell]]:
 def dense(cells: Sequence[Cell], metric: str) -> Spread:
     """Return the spread of one field of the unpruned networks' quality."""
     return spread_of([cell.dense for cell in cells], metric)
+
+
+def cost(sized: Iterable[Cell | Compacted | GradualCut], field: str) -> float:
+    """Return a field of the size on average: what is cut in training differs between seeds."""
+    return spread(getattr(one.size, field) for one in sized).mean
 
 
 def unstructured_experiments(results: Results) -> list[int]:
@@ -129,9 +134,9 @@ class Family:
         """Return the accuracy of the networks that these came from, in percent."""
         return dense([cell for cell, _ in self.members], "accuracy")
 
-    def cost(self, field: str) -> Spread:
-        """Return the spread of a field of the size."""
-        return spread(getattr(pruned.size, field) for _, pruned in self.members)
+    def cost(self, field: str) -> float:
+        """Return a field of the size, on average."""
+        return cost([pruned for _, pruned in self.members], field)
 
     def saving(self, field: str) -> float:
         """Return how many times smaller a field of the size became, on average."""
@@ -165,7 +170,7 @@ def best_family(candidates: Sequence[Family]) -> Family | None:
         for family in candidates
         if family.final_accuracy().mean >= family.dense_accuracy().mean - TOLERANCE
     ]
-    return min(good, key=lambda family: family.cost("bytes").mean, default=None)
+    return min(good, key=lambda family: family.cost("bytes"), default=None)
 
 
 @dataclass(frozen=True)

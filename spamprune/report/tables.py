@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 from spamprune.report.cuts import (
     achieved,
-    cost,
     gradual_steps,
     online_steps,
     post_hoc,
@@ -31,6 +30,7 @@ from spamprune.report.summary import (
     Family,
     Spread,
     Stage,
+    cost,
     dense,
     families,
     masked_series,
@@ -62,11 +62,6 @@ def dense_table(results: Results) -> Table:
     ]
     rows: list[list[Entry]] = []
     for name, cells in trainings(results).items():
-        # of networks that were pruned in training each seed has a size of its own
-        sizes = [
-            count(spread(getattr(cell.size, field) for cell in cells).mean)
-            for field in ("params", "macs", "bytes")
-        ]
         rows.append(
             [
                 Text(name),
@@ -74,7 +69,7 @@ def dense_table(results: Results) -> Table:
                 *(plus_minus(dense(cells, metric), DIGITS[metric]) for metric in METRICS),
                 plus_minus(spread(cell.log_evidence for cell in cells), 0),
                 plus_minus(spread(cell.train_seconds for cell in cells), 0),
-                *sizes,
+                *(count(cost(cells, field)) for field in COST_FIELDS),
                 *(milliseconds(_latencies(cells, batch)) for batch in batches),
             ]
         )
@@ -139,7 +134,7 @@ def compacted_table(results: Results, experiment: int) -> Table:
             Text(family.ranking),
             Text(f"{target(family.target)} → {_achieved(family)}"),
             *(plus_minus(family.accuracy(stage), 2) for stage in STAGES),
-            *(count(family.cost(field).mean) for field in COST_FIELDS),
+            *(count(family.cost(field)) for field in COST_FIELDS),
             _artifact_bytes(family),
             *(
                 milliseconds([p.size.latency[b] for _, p in family.members if b in p.size.latency])

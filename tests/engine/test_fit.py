@@ -117,6 +117,9 @@ def test_single_numbers_learn_ten_times_slower_under_sgd():
     assert len(everything["params"]) == len(list(model.parameters()))
     one_unit = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1), nn.Linear(1, 2))
     assert len(_parameter_groups(one_unit, Optimiser(name="sgd", lr=0.1))) == 1
+    model.register_parameter("again", scalars["params"][0])
+    _, shared = _parameter_groups(model, Optimiser(name="sgd", lr=0.1))
+    assert len(shared["params"]) == len(scalars["params"])
 
 
 def test_spans_are_parts_of_one_schedule():
