@@ -121,10 +121,12 @@ def _head(results: Results) -> str:
     """Return the title, the summary in one paragraph, and the headline cards."""
     cells = trainings(results)
     seeds = max(len(group) for group in cells.values())
+    seconds = results.train_seconds
+    took = f"{seconds / 60:.3g} minutes" if seconds >= 60 else f"{seconds:.0f} seconds"
     sentences = [
         f"{len(cells)} training{'s' * (len(cells) > 1)} ({', '.join(cells)}) with "
         f"{seeds} seed{'s' * (seeds > 1)} each on {results.data.get('name', 'the data')}, in "
-        f"{results.train_seconds / 60:.3g} minutes of training."
+        f"{took} of training."
     ]
     whole = [name for name, group in cells.items() if not during(group)]
     best_name = max(whole or cells, key=lambda name: dense(cells[name], "accuracy").mean)
