@@ -57,7 +57,7 @@ class Coupling:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Remainder:
     """What remains of a parameter when a group is pruned.
 
     Attributes:
@@ -139,7 +139,7 @@ def couple(group: tp.dependency.Group) -> Coupling:
     return Coupling(_distinct(pieces), torch.tensor([bundles[u] for u in units]), parameters)
 
 
-def cuts(group: tp.dependency.Group) -> list[Cut]:
+def remainders(group: tp.dependency.Group) -> list[Remainder]:
     """Return what pruning ``group`` leaves of the parameters whose layout is known."""
     graph = group._DG
     found = []
@@ -155,7 +155,7 @@ def cuts(group: tp.dependency.Group) -> list[Cut]:
             kept = [i for i in range(size * part.groups) if i not in gone]
             # torch-pruning keeps in every group of a convolution what it keeps in the first.
             kept = kept[: len(kept) // part.groups]
-            found.append(Cut(name, part.dim, size, torch.tensor(kept, dtype=torch.long)))
+            found.append(Remainder(name, part.dim, size, torch.tensor(kept, dtype=torch.long)))
     return found
 
 

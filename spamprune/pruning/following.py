@@ -15,7 +15,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from spamprune.errors import PosteriorError, nearest
-from spamprune.pruning.coupling import Cut, cuts
+from spamprune.pruning.coupling import Remainder, remainders
 
 
 class Aligned:
@@ -56,7 +56,7 @@ class Aligned:
         """
         return self._fitting(name, parameter) if name in self._tensors else None
 
-    def cut(self, removed: Iterable[Cut]) -> None:
+    def cut(self, removed: Iterable[Remainder]) -> None:
         """Keep what a pruned group has kept."""
         for cut in removed:
             tensor = self._tensors.get(cut.name)
@@ -101,7 +101,7 @@ class _ReportingGroup(tp.dependency.Group):
         if idxs is not None:  # torch-pruning asks the graph for a group of these, and prunes that
             super().prune(idxs, record_history)
             return
-        removed = cuts(self)
+        removed = remainders(self)
         super().prune(record_history=record_history)
         for aligned in _followers[self._DG]:
             aligned.cut(removed)
