@@ -84,7 +84,8 @@ class DiagonalGaussian:
 
     def groups(self, dim: int, members: Tensor) -> Tensor:
         """Return ΔF of groups of rows or columns."""
-        return self.each().movedim(dim, 0).flatten(1).sum(1)[members].sum(1)
+        each = self.each().movedim(dim, 0)
+        return each.reshape(len(each), -1).sum(1)[members].sum(1)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -64,6 +64,24 @@ class Posterior:
     def check(self, model: nn.Module) -> None:
         """Raise a :class:`PosteriorError` unless this posterior fits ``model``'s parameters."""
         check_shapes(model, self.prior_precision, "the posterior")
+
+    def on(self, model: nn.Module) -> Posterior:
+        """Return this posterior where the parameters of ``model`` are; files are read on the CPU.
+
+        Raises:
+            PosteriorError: It does not fit ``model``'s parameters.
+        """
+        self.check(model)
+        devices = {name: p.device for name, p in named_parameters(model).items()}
+        if all(delta.device == devices[name] for name, delta in self.prior_precision.items()):
+            return self
+        curvature = replace(
+            self.curvature,
+            diag={name: h.to(devices[name]) for name, h in self.curvature.diag.items()},
+            kron={name: block.to(devices[name]) for name, block in self.curvature.kron.items()},
+        )
+        prior = {name: delta.to(devices[name]) for name, delta in self.prior_precision.items()}
+        return replace(self, curvature=curvature, prior_precision=prior)
 
     def check_factors(self, model: nn.Module, purpose: str) -> None:
         """Raise a :class:`PosteriorError` unless it fits ``model`` and has Kronecker factors.

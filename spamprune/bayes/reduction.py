@@ -85,7 +85,7 @@ class Reduction:
             raise PosteriorError(
                 f"a slab is 'layerwise', 'own' or a positive precision, not {slab!r}"
             )
-        posterior.check(model)
+        posterior = posterior.on(model)
         parameters = named_parameters(model)
         self.log_evidence = posterior.log_evidence
         self._gaussians: dict[str, Gaussian] = {}

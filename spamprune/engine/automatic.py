@@ -32,7 +32,7 @@ def masks_by_evidence(subject: Subject, scores: Mapping[str, Tensor]) -> tuple[M
         return pruned, chosen
 
     choice = choose(evidence, list(dict.fromkeys(steps)), prune)
-    chosen = masks(choice.step)
+    chosen = subject.with_held(masks(choice.step))
     return chosen, ByEvidence(
         effective=evidence.effective,
         before=evidence.log_evidence,

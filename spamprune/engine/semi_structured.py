@@ -41,7 +41,8 @@ def _mask(
     name: str,
 ) -> Patterned:
     bench, n, m = subject.bench, experiment.n, experiment.m
-    chosen, notes = semi_structured_masks(subject.model, values, n=n, m=m)
+    first = subject.held_first(values)
+    chosen, notes = semi_structured_masks(subject.model, first, n=n, m=m)
     chosen = subject.with_held(chosen)
     about = {"pattern": f"{n}:{m}", "criterion": criterion}
     pruned, before, after = subject.masked(chosen, experiment.finetune, name, about)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from spamprune import artifact, scores
@@ -61,6 +62,12 @@ class Subject:
         for index, experiment in enumerate(self.bench.recipe.prune):
             if isinstance(experiment, kind) and experiment.concerns(self.bench.training):
                 yield index, experiment
+
+    def held_first(self, scored: scores.Scores) -> scores.Scores:
+        """Return scores by which what training pruned goes before all else."""
+        if self.held is None:
+            return scored
+        return {n: s.masked_fill(~self.held[n], -torch.inf) for n, s in scored.items()}
 
     def with_held(self, chosen: masks.Masks) -> masks.Masks:
         """Return masks that hold, besides what they hold, what training pruned."""

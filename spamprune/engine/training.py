@@ -66,7 +66,8 @@ def train(bench: Bench, model: nn.Module) -> Trained:
     path = bench.folder / "posterior.safetensors"
     if not path.exists():
         spam.posterior(bench.data.train.loader(config.batch_size)).save(path)
-    return Trained(model, load_posterior(path), history, online, gradual, masks=job.masks)
+    posterior = load_posterior(path).on(model)
+    return Trained(model, posterior, history, online, gradual, masks=job.masks)
 
 
 def spam_for(bench: Bench, model: nn.Module) -> SpaM:

@@ -42,10 +42,9 @@ def _mask(
     """Prune to a sparsity, or where there is none, to that of most evidence."""
     found = None
     if sparsity is None:
-        chosen, found = masks_by_evidence(subject, _comparable(experiment, values))
+        chosen, found = masks_by_evidence(subject, _comparable(subject, experiment, values))
     else:
-        chosen = _choose(subject, experiment, criterion, values, sparsity)
-    chosen = subject.with_held(chosen)
+        chosen = subject.with_held(_choose(subject, experiment, criterion, values, sparsity))
     achieved = masks.sparsity_of(chosen)
     about = {"sparsity": achieved, "criterion": criterion}
     pruned, before, after = subject.masked(chosen, experiment.finetune, name, about)
@@ -71,14 +70,16 @@ def _choose(
 ) -> masks.Masks:
     """Return masks of the sparsity, at once or in rounds."""
     if experiment.rounds == 1:
-        return masks.global_masks(_comparable(experiment, values), sparsity)
+        return masks.global_masks(_comparable(subject, experiment, values), sparsity)
     return masks.iterative_masks(
         subject.model,
-        lambda model: _comparable(experiment, subject.scores(criterion, model)),
+        lambda model: _comparable(subject, experiment, subject.scores(criterion, model)),
         sparsity,
         rounds=experiment.rounds,
     )
 
 
-def _comparable(experiment: Unstructured, scored: scores.Scores) -> scores.Scores:
-    return masks.lamp(scored) if experiment.threshold == "lamp" else scored
+def _comparable(
+    subject: Subject, experiment: Unstructured, scored: scores.Scores
+) -> scores.Scores:
+    return subject.held_first(masks.lamp(scored) if experiment.threshold == "lamp" else scored)

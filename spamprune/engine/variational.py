@@ -123,7 +123,7 @@ def train_field(
     # running statistics are those of drawn weights
     recalibrate(model, bench.data.train.loader(job.batch_size, seed=bench.seed))
     inference = bench.once("inference", Inference, partial(_infer, bench, settings, field))
-    return load_posterior(path), history, inference, field.masks()
+    return load_posterior(path).on(model), history, inference, field.masks()
 
 
 def restore(model: nn.Module, settings: Variational, state: Mapping[str, Tensor]) -> None:

@@ -40,6 +40,7 @@ def compensate(model: nn.Module, plan: Plan, posterior: Posterior) -> nn.Module:
             system cannot be solved.
     """
     posterior.check_factors(model, "compensation")
+    posterior = posterior.on(model)
     result = copy.deepcopy(model)
     weights = dict(result.named_parameters())
     for name, factors in posterior.curvature.kron.items():

@@ -69,7 +69,7 @@ class Evidence:
         likelihood: Likelihood = CLASSIFICATION,
         samples: int = EVIDENCE_SAMPLES,
     ):
-        posterior.check(model)
+        posterior = posterior.on(model)
         self.model, self._posterior = model, posterior
         self._data, self._likelihood, self._samples = data, likelihood, samples
         self.log_evidence = posterior.log_evidence

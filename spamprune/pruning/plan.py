@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from spamprune.pruning.candidates import Candidate, find
 from spamprune.pruning.compaction import Plan, Ranking, apply
 from spamprune.pruning.search import Chosen, Search, floors
 from spamprune.pruning.target import Target
-from spamprune.pruning.units import DEFAULT_KINDS, Kind, Scores, groups
+from spamprune.pruning.units import DEFAULT_KINDS, KINDS, Kind, Scores, groups
 
 __all__ = ["Target", "check_reachable", "plan"]
 
@@ -57,10 +58,11 @@ def plan(
         ignored: Names of layers, or patterns, whose outputs stay. Outputs of the network always do.
 
     Raises:
-        PruningError: The network cannot be followed, there is nothing to prune, the ratio is too
-            small to remove a unit, or the budget cannot be reached.
+        PruningError: An argument is not legal, the network cannot be followed, there is nothing to
+            prune, the ratio is too small to remove a unit, or the budget cannot be reached.
         PosteriorError: The scores do not fit the network.
     """
+    _check(ranking, kinds, min_units, round_to)
     traced = trace(model, example)
     found, notes = groups(model, traced, kinds=kinds, ignored=ignored)
     candidates, more = find(model, traced, found, scores, min_units, round_to, ratios or {})
@@ -78,6 +80,16 @@ def plan(
         if not more:
             return replace(whole, notes=(*notes, *search.notes, *floors(candidates, counts)))
         notes += more
+
+
+def _check(ranking: str, kinds: Sequence[str], min_units: int, round_to: int) -> None:
+    given = [(ranking, get_args(Ranking), "ranking"), *((kind, KINDS, "kind") for kind in kinds)]
+    for value, known, what in given:
+        if value not in known:
+            raise PruningError(f"no {what} {value!r}: one of {', '.join(known)}")
+    for name, number in {"min_units": min_units, "round_to": round_to}.items():
+        if number < 1:
+            raise PruningError(f"{name} is {number}, and must be at least 1")
 
 
 def _that_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -174,7 +175,7 @@ class Search:
         for c in self.candidates:
             step = {m.group.layer: m.per_step for m in c.members}
             saved = self._dense - self._cost(kept([c], step))
-            savings.append(saved or SLACK)  # what saves nothing goes last
+            savings.append(saved)
         return savings
 
     @cached_property
@@ -205,8 +206,8 @@ def _order(
     """Return ``(priority, candidate)`` in the order in which units are removed, worst first.
 
     The priority is the importance for a global ranking, divided by what the unit saves for one per
-    cost, the fraction of its layer that is gone with the unit for a uniform one, the fraction of
-    its kind of group for an isomorphic one.
+    cost (what saves nothing goes last), the fraction of its layer that is gone with the unit for a
+    uniform one, the fraction of its kind of group for an isomorphic one.
     """
     entries: list[tuple[float, int]] = []
     for i, c in enumerate(candidates):
@@ -214,7 +215,7 @@ def _order(
             continue
         steps = c.steps
         entries += [
-            (value / savings[i] if ranking != "uniform" else (rank + 1) / steps, i)
+            ((rank + 1) / steps if ranking == "uniform" else _ratio(value, savings[i]), i)
             for rank, value in enumerate(c.importance.tolist()[: c.most])
         ]
     entries.sort()
@@ -225,12 +226,17 @@ def _order(
         shapes.setdefault(candidates[i].shape, []).append(i)
     totals: dict[tuple[object, ...], int] = {}
     for c in candidates:
-        totals[c.shape] = totals.get(c.shape, 0) + c.steps
+        if c.ratio is None:
+            totals[c.shape] = totals.get(c.shape, 0) + c.steps
     return sorted(
         ((rank + 1) / totals[shape], i)
         for shape, members in shapes.items()
         for rank, i in enumerate(members)
     )
+
+
+def _ratio(value: float, saved: float) -> float:
+    return value / saved if saved else math.inf
 
 
 def kept(candidates: Iterable[Candidate], counts: Counts) -> dict[Axis, int]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spamprune import scores
 from spamprune.bayes.curvature import Curvature
@@ -82,6 +83,26 @@ def test_a_posterior_with_kronecker_factors_survives_its_file(tmp_path):
         assert torch.equal(loaded.precision()[name], precision)
     assert loaded.curvature.kron.keys() == fitted.curvature.kron.keys()
     assert loaded.curvature.kron["0.bias"].inputs is None
+
+
+def test_a_posterior_from_a_file_follows_the_network_to_its_device():
+    """On tensors that only pretend to be on a GPU, whose devices are checked all the same."""
+    found = posterior(network())
+    assert found.on(network()) is found
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        away = nn.Sequential(
+            nn.Linear(3, 4, device="cuda"),
+            nn.LayerNorm(4, device="cuda"),
+            nn.Linear(4, 2, device="cuda"),
+        )
+        moved = found.on(away)
+        tensors = [*moved.prior_precision.values(), *moved.curvature.diag.values()]
+        tensors += [block.outputs for block in moved.curvature.kron.values()]
+        assert {t.device.type for t in tensors} == {"cuda"}
+        for score in (scores.opd, scores.obd):
+            assert {t.device.type for t in score(away, found).values()} == {"cuda"}
+    with pytest.raises(PosteriorError, match="lacks parameter"):
+        found.on(nn.Sequential(*network(), nn.Linear(2, 2)))
 
 
 def test_files_of_older_versions_and_damaged_ones_are_refused(tmp_path):

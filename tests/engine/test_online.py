@@ -244,6 +244,7 @@ def test_what_is_held_stays_pruned_in_later_experiments(tmp_path):
     given = recipe().model_dump() | {
         "prune": [
             {"kind": "unstructured", "sparsities": [0.5], "finetune": tuned},
+            {"kind": "unstructured", "criteria": ["random", "bmr"], "sparsities": [0.95]},
             {"kind": "semi_structured", "finetune": tuned},
             {"kind": "structured", "targets": [{"ratio": 0.2}], "finetune": tuned},
         ]
@@ -257,3 +258,5 @@ def test_what_is_held_stays_pruned_in_later_experiments(tmp_path):
         assert 0 < cost.nonzero(sp.load(out / record.artifact)) <= left
     assert cell.masked[0].achieved == pytest.approx(0.9, abs=0.01)
     assert cell.masked[0].nonzero == left
+    for record in cell.masked[1:]:  # these criteria do not know what is gone
+        assert record.achieved == pytest.approx(0.95, abs=0.01)

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -407,6 +408,50 @@ def test_isomorphic_ranking_lets_layers_of_one_kind_compete_and_no_others():
     assert plan(
         model, example, values, Target(ratio=0.5), ranking="uniform"
     ).widths() == dict.fromkeys(("0", "1", "2", "4"), 4)
+
+
+def test_layers_of_given_ratios_take_no_part_in_an_isomorphic_ranking():
+    torch.manual_seed(0)
+    sizes = [6, 10, 10, 10, 2]
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
+    values = {n: torch.rand_like(p) for n, p in model.named_parameters()}
+    found = plan(
+        model, torch.randn(1, 6), values, Target(ratio=0.5), ranking="isomorphic", ratios={"1": 0}
+    ).widths()
+    assert found.get("1", 10) == 10
+    assert found["0"] + found["2"] == 10
+
+
+def test_what_saves_nothing_goes_last_however_low_its_score():
+    """A gain summed away costs no MACs; nor is its score, minus an evidence, positive."""
+
+    class Summed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.gain = nn.Embedding(10, 12), nn.Parameter(torch.ones(12))
+            self.hidden, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.head(self.hidden(x).relu()) + (self.table.weight * self.gain).sum()
+
+    model = Summed()
+    values = {n: -torch.rand_like(p) for n, p in model.named_parameters()}
+    found = plan(model, torch.randn(1, 6), values, Target(macs=0.7), ranking="per_cost")
+    assert [g.layer for g in found.groups if g.pruned] == ["hidden"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranking": "globall"}, "no ranking 'globall': one of uniform"),
+        ({"kinds": ["hidden", "heds"]}, "no kind 'heds': one of heads"),
+        ({"round_to": 0}, "round_to is 0"),
+        ({"min_units": -1}, "min_units is -1"),
+    ],
+)
+def test_arguments_are_checked(network, options, message):
+    with pytest.raises(PruningError, match=message):
+        plan(network, image(), magnitudes(network), Target(ratio=0.5), **options)
 
 
 def test_frozen_parameters_have_no_score_but_go_with_their_units():

@@ -94,6 +94,11 @@ class Kronecker:
     inputs: Tensor | None
     shape: tuple[int, ...]
 
+    def to(self, device: torch.device) -> Kronecker:
+        """Return the factors on a device."""
+        inputs = None if self.inputs is None else self.inputs.to(device)
+        return Kronecker(self.outputs.to(device), inputs, self.shape)
+
     @cached_property
     def diag(self) -> Tensor:
         """The diagonal of ``G ⊗ A``, shaped like the parameter."""
