@@ -130,7 +130,8 @@ def reinitialise(small: nn.Module, fresh: nn.Module) -> None:
     that are no layer's own, such as positions, stay slices.
     """
     for module in small.modules():
-        reset = getattr(module, "reset_parameters", None)
+        attention = isinstance(module, nn.MultiheadAttention)
+        reset = getattr(module, "_reset_parameters" if attention else "reset_parameters", None)
         if callable(reset):
             reset()
     parameters = dict(small.named_parameters())

@@ -23,6 +23,7 @@ from spamprune.pruning.evidence import Evidence
 from spamprune.recipe.schema import FineTune
 from spamprune.recipe.schema.pruning import Selective
 from spamprune.report.results import Quality
+from spamprune.scores import Scores
 
 E = TypeVar("E", bound=Selective)
 
@@ -43,7 +44,7 @@ class Subject:
     posterior: Posterior
     held: masks.Masks | None = None
 
-    def scores(self, criterion: str, model: nn.Module | None = None) -> scores.Scores:
+    def scores(self, criterion: str, model: nn.Module | None = None) -> Scores:
         """Score the trained network, or a masked copy of it."""
         bench = self.bench
         batch_size = bench.config.batch_size
@@ -63,7 +64,7 @@ class Subject:
             if isinstance(experiment, kind) and experiment.concerns(self.bench.training):
                 yield index, experiment
 
-    def held_first(self, scored: scores.Scores) -> scores.Scores:
+    def held_first(self, scored: Scores) -> Scores:
         """Return scores by which what training pruned goes before all else."""
         if self.held is None:
             return scored

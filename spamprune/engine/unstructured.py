@@ -79,7 +79,5 @@ def _choose(
     )
 
 
-def _comparable(
-    subject: Subject, experiment: Unstructured, scored: scores.Scores
-) -> scores.Scores:
+def _comparable(subject: Subject, experiment: Unstructured, scored: scores.Scores) -> scores.Scores:
     return subject.held_first(masks.lamp(scored) if experiment.threshold == "lamp" else scored)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spamprune.bayes.curvature.blocks import Kronecker
+from spamprune.bayes.curvature.squares import at_least_single
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import Posterior
 from spamprune.pruning.slices import Slice, sum_over_units
@@ -36,15 +37,15 @@ class BlockOPD:
 
     def __init__(self, model: nn.Module, posterior: Posterior):
         posterior.check_factors(model, "block OPD")
+        posterior = posterior.on(model)
         self._parameters = named_parameters(model)
         self._factors = posterior.curvature.kron
         self._temperature = posterior.temperature
         precision = posterior.precision()
+        squares = {n: at_least_single(p).square() for n, p in self._parameters.items()}
         #: For each parameter, what is summed one by one: the prior's part where blocks do the rest.
-        self._whole = {n: precision[n] * p.square() for n, p in self._parameters.items()}
-        self._prior = {
-            n: posterior.prior_precision[n] * p.square() for n, p in self._parameters.items()
-        }
+        self._whole = {n: precision[n] * square for n, square in squares.items()}
+        self._prior = {n: posterior.prior_precision[n] * square for n, square in squares.items()}
 
     @torch.no_grad()
     def over(self, pieces: Iterable[Slice], units: int, dtype: torch.dtype) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from spamprune.modules import evaluation_mode
 def macs(model: nn.Module, example: Tensor) -> int:
     """Return the multiply-accumulates of one forward pass on ``example``.
 
-    Counted are convolutions, linear layers and matrix products; not biases, normalisation,
-    activations and pooling. A mask saves nothing here: multiplying by zero is counted.
+    Counted are convolutions, linear and recurrent layers and matrix products; not biases,
+    normalisation, activations and pooling. A mask saves nothing here: multiplying by zero is
+    counted.
     """
     fast_path = torch.backends.mha.get_fastpath_enabled()
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -29,7 +32,7 @@ def macs(model: nn.Module, example: Tensor) -> int:
     try:
         with (
             evaluation_mode(model),
-            FlopCounterMode(display=False) as counter,
+            FlopCounterMode(display=False, custom_mapping=_FUSED) as counter,
             sdpa_kernel(SDPBackend.MATH),
         ):
             model(example)
@@ -38,6 +41,20 @@ def macs(model: nn.Module, example: Tensor) -> int:
         for parameter in trainable:
             parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2
+
+
+def _recurrent(inputs: Sequence[int], weights: Iterable[Sequence[int]]) -> int:
+    """Return the flops of multiplying each step of ``inputs`` by ``weights``; all are shapes."""
+    return 2 * math.prod(inputs[:-1]) * sum(map(math.prod, weights))
+
+
+#: Recurrent layers in one operation, which torch's counter does not know.
+_FUSED = {
+    torch.ops.aten.mkldnn_rnn_layer: lambda x, *args, **_: _recurrent(x, args[:2]),
+    torch.ops.aten._cudnn_rnn: lambda x, tensors, *_, **__: _recurrent(
+        x, [shape for shape in tensors if len(shape) == 2]
+    ),
+}
 
 
 def params(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from spamprune.bayes.curvature.squares import at_least_single
 from spamprune.bayes.posterior import Posterior
 from spamprune.errors import PruningError
 from spamprune.pruning.coupling import couple, layer_name
@@ -156,4 +157,4 @@ class OPDImportance(ScoreImportance):
         )
 
     def _score(self, cached: Tensor, parameter: nn.Parameter) -> Tensor:
-        return cached * parameter.square()
+        return cached * at_least_single(parameter).square()

@@ -171,7 +171,7 @@ class Search:
         """Return what the first step of each candidate saves of the dense network's cost."""
         if self.ranking != "per_cost" or self.target.ratio is not None:
             return [1.0] * len(self.candidates)  # the cost of a unit is one unit
-        savings = []
+        savings: list[float] = []
         for c in self.candidates:
             step = {m.group.layer: m.per_step for m in c.members}
             saved = self._dense - self._cost(kept([c], step))

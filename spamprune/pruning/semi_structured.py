@@ -114,10 +114,12 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]
     """Yield the weights that inputs are multiplied by, outputs first: name, module, weight."""
     names = {p: name for name, p in model.named_parameters()}
     for module in model.modules():
-        weight: object = None
+        weights: list[object] = []
         if isinstance(module, nn.MultiheadAttention):
-            weight = module.in_proj_weight
+            weights = [module.in_proj_weight]  # or, where keys and values have their own sizes:
+            weights += [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
         elif isinstance(module, (nn.Linear, _ConvNd)) and not isinstance(module, _ConvTransposeNd):
-            weight = module.weight  # transposed convolutions have their inputs first
-        if isinstance(weight, nn.Parameter) and weight in names:
-            yield names.pop(weight), module, weight
+            weights = [module.weight]  # transposed convolutions have their inputs first
+        for weight in weights:
+            if isinstance(weight, nn.Parameter) and weight in names:
+                yield names.pop(weight), module, weight

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from spamprune.bayes.curvature import exact
+from spamprune.bayes.curvature.squares import at_least_single
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import Posterior
@@ -17,9 +18,12 @@ from spamprune.scores.registry import Batches, Scores, criterion
 @torch.no_grad()
 def opd(model: nn.Module, posterior: Posterior) -> Scores:
     """Optimal posterior damage ``P_pp θ_p²`` (SpaM paper, eq. 3)."""
-    posterior.check(model)
+    posterior = posterior.on(model)
     precision = posterior.precision()
-    return {name: precision[name] * p.square() for name, p in named_parameters(model).items()}
+    return {
+        name: precision[name] * at_least_single(p).square()
+        for name, p in named_parameters(model).items()
+    }
 
 
 @criterion("obd")
@@ -29,10 +33,12 @@ def obd(model: nn.Module, posterior: Posterior) -> Scores:
 
     It is 0 for parameters that the posterior's curvature excludes.
     """
-    posterior.check(model)
+    posterior = posterior.on(model)
     diag = posterior.curvature.diag
     return {
-        name: 0.5 * diag[name] * p.square() if name in diag else torch.zeros_like(p)
+        name: 0.5 * diag[name] * at_least_single(p).square()
+        if name in diag
+        else torch.zeros_like(p)
         for name, p in named_parameters(model).items()
     }
 
@@ -46,7 +52,10 @@ def bmr(model: nn.Module, posterior: Posterior) -> Scores:
     diagonal posterior the sum over a unit is exactly minus the gain of removing the unit.
     """
     gains = Reduction(model, posterior).evidence()
-    return {name: -gains[name].to(p.dtype) for name, p in named_parameters(model).items()}
+    return {
+        name: -gains[name].to(torch.promote_types(p.dtype, torch.float32))
+        for name, p in named_parameters(model).items()
+    }
 
 
 @criterion("fisher")
@@ -57,4 +66,7 @@ def fisher(model: nn.Module, data: Batches, *, likelihood: Likelihood = CLASSIFI
     It is OBD with the exact empirical Fisher, whatever curvature a posterior has.
     """
     mean = exact(model, data, n_data=1, likelihood=likelihood).diag  # a sum over one sample
-    return {name: 0.5 * mean[name] * p.square() for name, p in named_parameters(model).items()}
+    return {
+        name: 0.5 * mean[name] * at_least_single(p).square()
+        for name, p in named_parameters(model).items()
+    }

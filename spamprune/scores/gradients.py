@@ -14,7 +14,7 @@ from spamprune.bayes.curvature.batches import (
     doubled,
     sum_over_processes,
 )
-from spamprune.bayes.curvature.squares import zero_total
+from spamprune.bayes.curvature.squares import at_least_single, zero_total
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PruningError
@@ -46,7 +46,10 @@ def taylor(model: nn.Module, data: Batches, *, likelihood: Likelihood = CLASSIFI
     if not batches:
         raise PruningError("criterion 'taylor' needs data: the loader gave no batches")
     with torch.no_grad():
-        return {n: p.square() * totals[n] / batches for n, p in named_parameters(model).items()}
+        return {
+            n: at_least_single(p).square() * totals[n] / batches
+            for n, p in named_parameters(model).items()
+        }
 
 
 @criterion("grasp")

@@ -216,3 +216,32 @@ def test_a_network_from_scratch_starts_as_its_architecture_and_its_sizes_say() -
             assert not torch.equal(parameter, before[name])
             bound = parameter[0].numel() ** -0.5  # torch's, uniform
             assert 0.9 * bound < parameter.abs().max() <= bound
+
+
+def test_attention_from_scratch_has_the_scale_of_its_own_size() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Linear(8, 64)
+            self.attend = torch.nn.MultiheadAttention(64, 4, add_bias_kv=True, batch_first=True)
+            self.head = torch.nn.Linear(64, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x)
+            return self.head(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+    fresh = Model()
+    plan = sp.plan(
+        fresh, torch.randn(1, 5, 8), sp.scores.random(fresh, seed=0), sp.Target(ratio=0.5)
+    )
+    small = sp.apply(fresh, plan)
+    before = {name: p.clone() for name, p in small.attend.named_parameters()}
+    structured.reinitialise(small, fresh)
+    weight = small.attend.in_proj_weight
+    assert weight.shape < fresh.attend.in_proj_weight.shape
+    bound = (6 / sum(weight.shape)) ** 0.5  # torch's, uniform
+    assert 0.9 * bound < weight.abs().max() <= bound
+    for name in ("bias_k", "bias_v"):
+        assert not torch.equal(small.attend.get_parameter(name), before[name])
+    assert not small.attend.in_proj_bias.any()
+    assert not small.attend.out_proj.bias.any()

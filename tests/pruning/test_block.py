@@ -105,3 +105,18 @@ def test_a_diagonal_posterior_is_refused(fitted):
     posterior = sp.fit_posterior(model, loader, n_data=8)
     with pytest.raises(PosteriorError, match="needs Kronecker factors"):
         BlockOPD(model, posterior)
+
+
+def test_small_weights_in_half_precision_are_not_lost():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    example = torch.randn(1, 4)
+    loader = [(torch.randn(8, 4), torch.randint(2, (8,)))]
+    method = sp.CurvatureMethod(structure="kron")
+    posterior = sp.fit_posterior(model, loader, n_data=8, prior=1e6, curvature=method)
+    for p in model.parameters():
+        nn.init.constant_(p, 1.5e-4)  # its square is 0 in float16
+    (group,) = groups(model, trace(model, example), kinds=["hidden"])[0]
+    trainable = dict(model.named_parameters())
+    single = importance(trainable, group, BlockOPD(model, posterior))
+    half = importance(trainable, group, BlockOPD(model.half(), posterior))
+    torch.testing.assert_close(half, single, rtol=1e-2, atol=0)

@@ -62,3 +62,42 @@ def test_a_failing_model_is_left_as_it_was():
         cost.macs(model, torch.randn(1, 3))
     assert all(p.requires_grad for p in model.parameters())
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.layer = kind(8, 12, batch_first=True, **options)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}])
+def test_recurrent_layers_multiply_every_step_by_their_matrices(kind, options):
+    model = Recurrent(kind, **options)
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert cost.macs(model, torch.randn(3, 5, 8)) == 3 * 5 * weights
+
+
+def test_recurrent_layers_of_a_gpu_are_counted_alike():
+    class Fused(nn.Module):
+        """Calls what torch calls on CUDA, with no values, so that it runs anywhere."""
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.LSTM(8, 12, num_layers=2, bidirectional=True, device="meta")
+
+        def forward(self, x):
+            state = x.new_empty(4, 3, 12)
+            sizes = (12, 0, 2)  # of the state and of its projection, and how many layers
+            flags = (False, 0.0, False, True)  # batch first, dropout, training, bidirectional
+            weights = list(self.layer.parameters())
+            return torch.ops.aten._cudnn_rnn(
+                *(x, weights, 4, None, state, state, 2, *sizes, *flags, [], None)
+            )
+
+    model = Fused()
+    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert cost.macs(model, torch.randn(5, 3, 8, device="meta")) == 3 * 5 * weights

@@ -201,6 +201,19 @@ def test_opd_importance_is_the_score_importance_of_opd_scores():
     torch.testing.assert_close(OPDImportance(posterior)(group), expected)
 
 
+def test_opd_importance_of_small_weights_in_half_precision_is_not_zero():
+    model = nn.Sequential(nn.Linear(4, 3, bias=False), nn.ReLU(), nn.Linear(3, 2, bias=False))
+    data = [(torch.randn(8, 4), torch.randint(2, (8,)))]
+    posterior = fit_posterior(model, data, n_data=8, prior=1e6)
+    for p in model.parameters():
+        nn.init.constant_(p, 1.5e-4)  # its square is 0 in float16
+    group = tp.DependencyGraph().build_dependency(model, torch.randn(1, 4))
+    group = group.get_pruning_group(model[0], tp.prune_linear_out_channels, [0, 1, 2])
+    single = OPDImportance(posterior)(group)
+    model.half()
+    torch.testing.assert_close(OPDImportance(posterior)(group), single, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("global_pruning", [False, True])
 def test_opd_importance_drives_torch_prunings_own_pruner(global_pruning):
     torch.manual_seed(0)

@@ -96,6 +96,14 @@ def test_only_matrices_are_thinned():
     assert thinned == {"attention.in_proj_weight", "attention.out_proj.weight", "grouped.weight"}
 
 
+def test_attention_with_projections_of_their_own_is_thinned_as_well():
+    model = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+    masks, notes = semi_structured_masks(model, _scores(model))
+    assert notes == ["v_proj_weight: left whole: 6 inputs are no multiple of 4"]
+    thinned = {n for n, mask in masks.items() if not mask.all()}
+    assert thinned == {"q_proj_weight", "k_proj_weight", "out_proj.weight"}
+
+
 def test_a_network_without_fours_is_refused():
     with pytest.raises(PruningError, match="weight: left whole: 3 inputs"):
         semi_structured_masks(nn.Linear(3, 4), _scores(nn.Linear(3, 4)))

@@ -4,6 +4,7 @@ import torch
 from spamprune import scores
 from spamprune.bayes.likelihood import Regression
 from spamprune.bayes.posterior import fit_posterior
+from spamprune.bayes.reduction import Reduction
 from spamprune.errors import PosteriorError
 from spamprune.models.classic import fc_cancer
 from tests.bayes.reference import squared
@@ -53,3 +54,30 @@ def test_fisher_knows_other_likelihoods():
     expected = 0.5 * model.weight.detach() ** 2 * (residual * x).square().mean(0)
     found = scores.fisher(model, [(x, y)], likelihood=Regression(0.5))
     torch.testing.assert_close(found["weight"], expected)
+
+
+def test_small_weights_of_a_half_precision_model_keep_their_scores():
+    model = torch.nn.Linear(8, 2, bias=False).half()
+    with torch.no_grad():
+        model.weight.fill_(1.5e-4)  # its square is 0 in float16
+    data = [(torch.randn(16, 8).half(), torch.randint(2, (16,)))]
+    posterior = fit_posterior(model, data, n_data=10**6, prior=1e6)
+    weight = model.weight.detach().float()
+    h = posterior.curvature.diag["weight"]
+    for name, given, expected in [
+        ("opd", posterior, (h + 1e6) * weight**2),
+        ("obd", posterior, 0.5 * h * weight**2),
+        ("fisher", data, 0.5 * h / 10**6 * weight**2),
+    ]:
+        found = getattr(scores, name)(model, given)["weight"]
+        assert found.all()
+        torch.testing.assert_close(found, expected)
+
+
+def test_bmr_of_a_half_precision_model_is_not_rounded_to_its_range():
+    model = torch.nn.Linear(8, 2, bias=False).half()
+    data = [(torch.randn(16, 8).half(), torch.randint(2, (16,)))]
+    posterior = fit_posterior(model, data, n_data=10**9)
+    found = scores.bmr(model, posterior)["weight"]
+    expected = -Reduction(model, posterior).evidence()["weight"]
+    torch.testing.assert_close(found, expected.float())

@@ -167,6 +167,16 @@ def test_half_precision_is_summed_in_single():
     assert scores.snip(model, data)["0.weight"].dtype == torch.float32
 
 
+def test_taylor_of_small_weights_in_half_precision_is_not_zero():
+    model = nn.Linear(4, 2, bias=False).half()
+    with torch.no_grad():
+        model.weight.fill_(1.5e-4)  # its square is 0 in float16
+    data = [(torch.randn(8, 4).half(), torch.randint(2, (8,)))]
+    gradient = mean_gradient(model, data, CLASSIFICATION)["weight"]
+    expected = (model.weight.detach().float() * gradient) ** 2
+    torch.testing.assert_close(scores.taylor(model, data)["weight"], expected, atol=0, rtol=1e-5)
+
+
 class _Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
