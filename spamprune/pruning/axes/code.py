@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from spamprune.bayes.curvature.trace import COMPOSITES
-from spamprune.pruning.axes.axis import Axis, concat, cut, factor, leaves
+from spamprune.pruning.axes.axis import Axis, concat, cut, factor, leaves, mix, product
 from spamprune.pruning.axes.logits import Logits
 from spamprune.pruning.axes.sizes import Size, expression_of
 
@@ -35,6 +36,8 @@ class Code(TorchFunctionMode):
                 return COMPOSITES[func](*args, **kwargs)
         if func in (_SHAPE, torch.Tensor.size):
             return self._shape(func(*args, **kwargs), args[0], *args[1:], **kwargs)
+        if func in (torch.numel, torch.Tensor.numel, torch.Tensor.nelement):
+            return self._number_of_elements(*args, **kwargs)
         start = self.recorder.calls
         result = func(*args, **kwargs)
         self.span = range(start, self.recorder.calls)
@@ -51,6 +54,11 @@ class Code(TorchFunctionMode):
         if dim is not None:
             return Size(shape, axes[dim])
         return torch.Size([Size(n, a) for n, a in zip(shape, axes, strict=True)])
+
+    def _number_of_elements(self, input: Tensor) -> int:
+        """Return a number of elements that remembers its axes."""
+        known = self.recorder.knows(input)
+        return Size(input.numel(), product(self.recorder.axes(input))) if known else input.numel()
 
     def bind(self, sizes: Sequence[Any], axes: Sequence[Axis]) -> None:
         """Note which axis each size must equal; -1 is left to torch."""
@@ -167,7 +175,24 @@ def _layer_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     code.bind(shape, code.recorder.axes(args[0])[-len(shape) :])
 
 
+def _number(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Note the sizes that code computes with; those in a shape are none of these."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Size):
+            value.as_number()
+
+
+def _values(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    _number(code, tuple(tree_leaves((args, kwargs))), {}, result)
+
+
+def _length(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Mix what is counted: Python makes a length a plain integer, so nobody sees what it is for."""
+    mix(code.recorder.axes(args[0])[0], "its length is taken")
+
+
 def _attention(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    _number(code, args, kwargs, result)
     given = dict(zip(("query", "key"), args, strict=False)) | kwargs
     if kwargs.get("scale") is None:
         _logits(code, given["query"], given["key"])
@@ -191,7 +216,18 @@ def _logits(code: Code, query: Tensor, key: Tensor) -> None:
     recorder.logits.append(Logits(queries, keys, depth, module, recorder.where, code.span))
 
 
+#: Arithmetic, in which a size is a number; in place too.
+_ARITHMETIC = (
+    *("add", "sub", "rsub", "mul", "div", "floor_divide", "remainder", "fmod", "pow"),
+    *("subtract", "multiply", "divide", "true_divide", "float_power", "lerp", "clamp", "clip"),
+    *("__floordiv__", "__rsub__", "__rdiv__", "__rfloordiv__", "__rmod__", "__rpow__"),
+    *("addcmul", "addcdiv", "addmm", "baddbmm", "gt", "ge", "lt", "le", "eq", "ne", "__eq__"),
+    *("__ne__", "where", "masked_fill", "fill", "full", "full_like", "new_full", "__setitem__"),
+)
 _SITES: _Sites = {
+    **{name + ending: _number for name in _ARITHMETIC for ending in ("", "_")},
+    **dict.fromkeys(("tensor", "as_tensor", "new_tensor"), _values),
+    "__len__": _length,
     **dict.fromkeys(("view", "reshape", "expand", "new_zeros", "new_ones", "new_empty"), _layout),
     **dict.fromkeys(("zeros", "ones", "empty"), _creation),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),

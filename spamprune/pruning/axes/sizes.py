@@ -11,12 +11,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from spamprune.pruning.axes.axis import Axis, count, mix
+from spamprune.pruning.axes.axis import Axis, count
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ Expression = int | Attribute | Axis | Operation
 Counts = Mapping[Axis, int]
 Values = Mapping[Attribute, int]
 
+#: What code computed with while a network was tracked, other than sizes.
+_NUMBERS: ContextVar[list[Expression]] = ContextVar("_NUMBERS")
+
 
 class Size(int):
     """An integer and the expression that gave it."""
@@ -65,23 +69,31 @@ class Size(int):
             return Size(-int(self), own.right)
         return Size(-int(self), Operation(operator.sub, 0, own))
 
-    def __float__(self) -> float:
+    def as_number(self) -> int:
         """Return a number to compute with, such as a scale: it changes when positions go."""
-        for axis in axes_of(self.expression):
-            mix(axis, "its size is a number in a computation")
-        return float(int(self))
+        _NUMBERS.get([]).append(self.expression)
+        return int(self)
+
+    def __float__(self) -> float:
+        """Return a number to compute with."""
+        return float(self.as_number())
 
     def __truediv__(self, other: Any) -> Any:
         """Divide as a number to compute with."""
-        return float(self) / other
+        return self.as_number() / other
 
     def __rtruediv__(self, other: Any) -> Any:
         """Divide as a number to compute with."""
-        return other / float(self)
+        return other / self.as_number()
 
     def __pow__(self, other: Any) -> Any:  # type: ignore[override]
         """Raise as a number to compute with."""
-        return float(self) ** other if type(other) is not int else int(self) ** other
+        return self.as_number() ** other
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Take part in numpy's arithmetic as a number to compute with."""
+        numbers = (v.as_number() if isinstance(v, Size) else v for v in inputs)
+        return getattr(ufunc, method)(*numbers, **options)
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         """Copy and pickle as a plain integer."""
@@ -93,6 +105,8 @@ def _arithmetic(name: str) -> None:
     plain, reflected = getattr(int, f"__{name}__"), getattr(int, f"__r{name}__")
 
     def forward(self: Size, other: Any) -> Any:
+        if isinstance(other, float):
+            return function(float(self), other)
         result = plain(self, other)
         if type(result) is not int:
             return result
@@ -118,18 +132,22 @@ def expression_of(value: int) -> Expression:
 
 
 @contextmanager
-def tracked(model: nn.Module) -> Iterator[None]:
+def tracked(model: nn.Module) -> Iterator[list[Expression]]:
     """Make every integer that a module keeps, alone or in a list or tuple, a :class:`Size`.
 
-    Afterwards modules have the attributes they had, whatever a forward pass set.
+    Afterwards modules have the attributes they had, whatever a forward pass set. Yields what code
+    computes with meanwhile, other than sizes.
     """
     originals = [(vars(module), dict(vars(module))) for module in model.modules()]
     for path, module in model.named_modules():
         own = vars(module)
         own.update({k: _wrap(v, path, k) for k, v in own.items() if type(v) in (int, list, tuple)})
+    numbers: list[Expression] = []
+    token = _NUMBERS.set(numbers)
     try:
-        yield
+        yield numbers
     finally:
+        _NUMBERS.reset(token)
         for attributes, before in originals:
             attributes.clear()
             attributes.update(before)

@@ -28,6 +28,7 @@ from spamprune.pruning.axes.axis import Axis, count, fix, leaves, tie
 from spamprune.pruning.axes.call import RULES, Axes, Call, Shadow, signature, unknown
 from spamprune.pruning.axes.code import Code
 from spamprune.pruning.axes.logits import Fold, Logits, fold
+from spamprune.pruning.axes.numbers import mix_numbers
 from spamprune.pruning.axes.rules.elementwise import pointwise
 from spamprune.pruning.axes.sizes import (
     Attribute,
@@ -123,7 +124,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     recorder = Recorder(model)
     with evaluation_mode(model), torch.no_grad(), _plain_kernels(), recorder.modules():
         try:
-            with tracked(model), recorder, Code(recorder):
+            with tracked(model) as numbers, recorder, Code(recorder):
                 output = model(recorder.data(example))
         except PruningError:
             raise
@@ -153,6 +154,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         recorder.sizes,
         [fold(logits) for logits in recorder.logits],
     )
+    mix_numbers(numbers, recorder.bound, result.sizes, model, result.tensors)
     _settle(result, recorder.bound)
     return result
 
@@ -214,14 +216,16 @@ def _fix_all(expression: Expression, result: Trace, why: str) -> None:
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Keep attention in operations that can be followed."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    """Keep attention, and on a GPU norms and recurrent layers, in operations that are followed."""
+    fast, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cudnn.enabled = False
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.cudnn.enabled = cudnn
 
 
 class Recorder(TorchDispatchMode):

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from spamprune.pruning.axes.axis import Axis, concat, factor, fix, mark, product, tie
-from spamprune.pruning.axes.call import SPACE, Axes, Call, Shadow, broadcast, rule, unknown
+from spamprune.pruning.axes.call import (
+    SPACE,
+    Axes,
+    Call,
+    Shadow,
+    broadcast,
+    rule,
+    same,
+    unknown,
+)
 from spamprune.pruning.axes.rules.space import window
 
 
@@ -62,6 +71,8 @@ def _convolution(call: Call) -> list[Axes]:
     for axis in weight[2:]:
         fix(axis, SPACE)
     transposed = bool(call["transposed"])
+    space = window(call, x[2:], call.shape[2:])
+    call.costs.append([x[0], *weight, *(x[2:] if transposed else space)])
     source, result = (first, second) if transposed else (second, first)
     if groups > 1:
         # a grouped convolution sees (groups · channels of a group) on both sides
@@ -76,13 +87,10 @@ def _convolution(call: Call) -> list[Axes]:
                 mark(axis, "group_dims")
         tie(inputs[1], rows[1] if transposed else second)
         result = product([rows[0], second]) if transposed else first
-        source = inputs[1]
     else:
         tie(channels, source)
     if isinstance(call["bias"], Shadow):
         tie(result, call.of("bias")[0])
-    space = window(call, x[2:], call.shape[2:])
-    call.costs.append([x[0], result, source, *(x[2:] if transposed else space), *weight[2:]])
     return [[x[0], result, *space]]
 
 
@@ -100,3 +108,14 @@ def _lstm(call: Call) -> list[Axes]:
     rest = [[Axis(n, fixed=call.why) for n in shape] for shape in call.shapes[3:]]
     call.costs += [[*x, call.of("weight0")[0]], [*x[:-1], *call.of("weight1")]]
     return kept + rest
+
+
+@rule("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell")
+def _cell(call: Call) -> list[Axes]:
+    """One step of a recurrent layer on a GPU, whose gates come one after another."""
+    state = call.of("cx" if call.name == "_thnn_fused_lstm_cell" else "hx")
+    for name in ("input_gates", "hidden_gates", "input_bias", "hidden_bias"):
+        if isinstance(call[name], Shadow):
+            gates = call.of(name)[-1]
+            tie(gates, concat([state[-1]] * (gates.size // state[-1].size)))
+    return same(call, state)
