@@ -31,6 +31,46 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode in which gradients can be taken, whatever mode is outside.
+
+    cuDNN takes none of recurrent layers in evaluation mode, and no second ones: models that have
+    such layers do without it.
+    """
+    before = torch.backends.cudnn.enabled
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with evaluation_mode(model), torch.enable_grad():
+        torch.backends.cudnn.enabled = before and not recurrent
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.enabled = before
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply float32 numbers as they are, not rounded to ten bits (TF32) on a GPU.
+
+    Convolutions are by default, where a kernel for the shape does so: what is the same in two
+    shapes may be a thousandth apart.
+    """
+    value: Any
+    places: list[Any] = [torch.backends.cudnn, torch.backends.cuda.matmul]
+    name, value = "allow_tf32", False
+    if hasattr(torch.backends.cudnn, "conv"):  # from torch 2.9, where mixing in the old way fails
+        places[0] = torch.backends.cudnn.conv
+        name, value = "fp32_precision", "ieee"
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, value)
+        yield
+    finally:
+        for place, old in zip(places, before, strict=True):
+            setattr(place, name, old)
+
+
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorms that have running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

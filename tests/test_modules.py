@@ -1,7 +1,9 @@
 import torch
 from torch import nn
 
-from spamprune.modules import call_with
+from spamprune import scores
+from spamprune.bayes.posterior import fit_posterior
+from spamprune.modules import call_with, differentiable, full_precision
 
 
 class Twice(nn.Module):
@@ -38,3 +40,41 @@ def test_given_buffers_are_used_and_the_model_s_own_stay():
     assert not torch.allclose(call_with(model, given, inputs), plain)
     assert model.norm.running_mean is mean
     torch.testing.assert_close(model(inputs), plain)
+
+
+class Recurrent(nn.Module):
+    """Notes whether it was called with cuDNN allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 2)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(torch.backends.cudnn.enabled)
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_recurrent_layers_do_without_cudnn_where_gradients_are_taken():
+    """It has no backward pass for them in evaluation mode."""
+    model = Recurrent()
+    data = [(torch.randn(8, 5, 4), torch.randint(2, (8,)))]
+    fit_posterior(model, data, n_data=8)
+    scores.snip(model, data)
+    scores.synflow(model, data)
+    assert model.seen
+    assert not any(model.seen)
+    assert torch.backends.cudnn.enabled
+    with torch.no_grad(), differentiable(nn.Linear(2, 2)):
+        assert torch.is_grad_enabled()
+        assert torch.backends.cudnn.enabled
+
+
+def test_full_precision_is_undone():
+    def now():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = now()
+    with full_precision():
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert now() == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,9 @@ class SpaM:
         seed: int = 0,
         masks: Mapping[str, Tensor] | None = None,
     ):
+        if update not in get_args(Update):
+            known = ", ".join(get_args(Update))
+            raise PosteriorError(f"unknown update {update!r}: one of {known}")
         if update == "exact" and prior != "parameterwise":
             raise PosteriorError(f"update 'exact' needs a parameterwise prior, not {prior!r}")
         if update == "exact" and curvature.structure == "kron":

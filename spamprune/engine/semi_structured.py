@@ -79,11 +79,9 @@ def _latencies(
     evaluate = bench.recipe.evaluate
 
     def seconds(network: nn.Module) -> dict[int, float]:
-        return measure.size(
-            network,
-            bench.example().to(torch.float16),
-            latency_batches=tuple(evaluate.latency_batches),
-            repeats=evaluate.latency_repeats,
-        ).latency
+        example = bench.example().to(torch.float16)
+        return measure.latencies(
+            network, example, evaluate.latency_batches, evaluate.latency_repeats
+        )
 
     return seconds(half), seconds(sparse), notes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spamprune.errors import PruningError, nearest
-from spamprune.modules import evaluation_mode
+from spamprune.modules import evaluation_mode, full_precision
 from spamprune.pruning.units import Kind
 
 Ranking = Literal["uniform", "global", "per_cost", "isomorphic"]
@@ -207,7 +207,8 @@ def verify(
         PruningError: They are comparable and differ by more than ``tolerance``.
     """
     reference = masked(model, plan)
-    apart = difference(outputs_of(reference, example), outputs_of(small, example))
+    with full_precision():
+        apart = difference(outputs_of(reference, example), outputs_of(small, example))
     if plan.comparable and not apart <= tolerance:
         raise PruningError(
             f"the compacted {type(model).__name__} differs from its masked original by "

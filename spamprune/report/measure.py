@@ -116,16 +116,21 @@ def size(
             nonzero=cost.nonzero(model),
             macs=cost.macs(model, example),
             bytes=sum(p.numel() * p.element_size() for p in parameters),
-            latency={
-                batch: cost.latency(model, _batch(example, batch), repeats=repeats)
-                for batch in latency_batches
-            },
+            latency=latencies(model, example, latency_batches, repeats),
             threads=torch.get_num_threads(),
         )
 
 
-def _batch(example: Tensor, size: int) -> Tensor:
-    return example.expand(size, *example.shape[1:]).contiguous()
+def latencies(
+    model: nn.Module, example: Tensor, batches: Iterable[int], repeats: int
+) -> dict[int, float]:
+    """Return the median latency in seconds by batch size; the model's weights may be compressed."""
+    return {
+        size: cost.latency(
+            model, example.expand(size, *example.shape[1:]).contiguous(), repeats=repeats
+        )
+        for size in batches
+    }
 
 
 def environment() -> dict[str, str]:

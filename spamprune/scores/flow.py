@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PruningError
-from spamprune.modules import call_with, device_of, evaluation_mode
+from spamprune.modules import call_with, device_of, differentiable
 from spamprune.scores.registry import Batches, Scores, criterion
 
 
@@ -31,7 +31,7 @@ def synflow(model: nn.Module, data: Batches) -> Scores:
     # duplicates of a tied parameter follow its first name
     sizes = {n: p.detach().double().abs() for n, p in model.named_parameters()}
     scored = {n: sizes[n].requires_grad_() for n in named_parameters(model)}
-    with evaluation_mode(model), torch.enable_grad():
+    with differentiable(model):
         outputs = call_with(model, sizes | _buffers(model), ones)
         if not isinstance(outputs, Tensor):
             raise PruningError(

@@ -214,6 +214,11 @@ def test_the_closed_form_is_refused_where_there_is_none(arguments, message):
         SpaM(problem()[0], 64, update="exact", **arguments)
 
 
+def test_an_unknown_update_is_refused():
+    with pytest.raises(PosteriorError, match="unknown update 'newton': one of adam"):
+        SpaM(problem()[0], 64, update="newton")
+
+
 def test_a_restored_spam_goes_on_the_same():
     model, loader = problem()
     first = SpaM(model, 64, prior="unitwise", every=1, steps=10)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,25 +111,35 @@ def test_what_a_gpu_cannot_compress_is_noted() -> None:
     assert note.startswith("no time is saved here: nothing of Sequential can be compressed")
 
 
+class _Packed(torch.Tensor):
+    """Weights that, like those that torch compresses, can be multiplied by and not be counted."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.count_nonzero:
+            raise NotImplementedError
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def test_a_gpus_latencies_are_of_plain_and_compressed_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What torch compresses is stood in for: the clock is not what is tested."""
+    """What torch compresses is stood in for: it does so on a GPU only."""
     model = nn.Sequential(nn.Linear(8, 4))
-    seen: list[nn.Module] = []
-    monkeypatch.setattr(semi_structured, "compressed", lambda half: (half, ["a note"]))
-
-    def size(network: nn.Module, example: torch.Tensor, **_: Any) -> Any:
-        assert example.dtype == next(network.parameters()).dtype == torch.float16
-        seen.append(network)
-        return SimpleNamespace(latency={1: 0.5})
-
-    monkeypatch.setattr(semi_structured.measure, "size", size)
+    with torch.no_grad():
+        model[0].weight[:, ::2] = 0
+    seen: set[tuple[Any, ...]] = set()
+    model[0].register_forward_pre_hook(
+        lambda layer, x: seen.add((type(layer.weight), layer.weight.dtype, x[0].dtype))
+    )
+    monkeypatch.setattr(
+        torch.sparse, "to_sparse_semi_structured", lambda weight: weight.as_subclass(_Packed)
+    )
     bench: Any = _OnGPU
     half, sparse, notes = semi_structured._latencies(bench, model)
-    assert half == sparse == {1: 0.5}
-    assert notes == ["a note"]
-    assert len(seen) == 2
+    assert list(half) == list(sparse) == bench.recipe.evaluate.latency_batches
+    assert notes == []
+    assert seen == {(kind, torch.float16, torch.float16) for kind in (nn.Parameter, _Packed)}
     assert model[0].weight.dtype == torch.float32
 
 

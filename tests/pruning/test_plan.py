@@ -124,6 +124,17 @@ def test_verify_catches_a_wrong_compaction(network):
         verify(network, small, found, torch.randn(32, 1, 28, 28))
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="another way before 2.9")
+def test_networks_are_compared_in_full_precision(network):
+    """A GPU rounds to TF32 where the shape suits it, so that they would be further apart."""
+    found = plan(network, image(), magnitudes(network), Target(ratio=0.5))
+    small, seen = apply(network, found), []
+    small.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
+    verify(network, small, found, image())
+    assert seen == ["ieee"]
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_masking_zeroes_biases_too(network):
     found = plan(network, image(), magnitudes(network), Target(ratio=0.5))
     gone = list(next(g for g in found.groups if g.layer == "fc").pruned)

@@ -16,6 +16,7 @@ from torch import nn
 
 from spamprune.errors import PruningError
 from spamprune.pruning.assemble import assemble
+from spamprune.pruning.axes.axis import leaves
 from spamprune.pruning.axes.trace import trace
 from spamprune.pruning.compaction import apply, masked, verify
 from spamprune.pruning.importance import ScoreImportance
@@ -444,6 +445,37 @@ class Text(nn.Module):
 
     def forward(self, x):
         return self.head(self.rnn(self.embed(x))[0][:, -1])
+
+
+class OnGPU(nn.Module):
+    """One step of a recurrent layer as a GPU takes it, beside what cuDNN would do."""
+
+    def __init__(self, gates):
+        super().__init__()
+        self.gates = gates
+        self.inputs, self.states = nn.Linear(5, gates * 3), nn.Linear(3, gates * 3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        assert not torch.backends.cudnn.enabled
+        state = x.new_zeros(len(x), self.states.in_features)
+        cell = torch.ops.aten._thnn_fused_lstm_cell
+        if self.gates == 3:
+            cell = torch.ops.aten._thnn_fused_gru_cell
+        return self.head(cell(self.inputs(x), self.states(state), state)[0])
+
+
+@pytest.mark.parametrize("gates", [3, 4])
+def test_recurrent_layers_are_followed_on_a_gpu(gates):
+    """On a device that holds nothing, for want of one; fused by cuDNN they could not be."""
+    model = OnGPU(gates).to("meta")
+    found = trace(model, torch.empty(6, 5, device="meta")).tensors
+    (hidden,) = leaves(found["head.weight"][1])
+    for name in ("inputs.weight", "states.weight", "inputs.bias"):
+        assert list(leaves(found[name][0])) == [hidden] * gates
+    assert list(leaves(found["states.weight"][1])) == [hidden]
+    assert not hidden.fixed
+    assert torch.backends.cudnn.enabled
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

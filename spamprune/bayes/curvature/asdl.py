@@ -26,6 +26,7 @@ from spamprune.bayes.curvature.probe import jittered
 from spamprune.bayes.likelihood import Classification
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
+from spamprune.modules import full_precision
 
 #: Where asdl leaves what it found on a module, and a flag on a parameter.
 _FOUND, _FLAG = "_asdl_fisher", "_original_requires_grad"
@@ -235,7 +236,7 @@ def _objection(library: Any, module: nn.Module, calls: list[_Call], samples: int
 def _prove(library: Any, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
     """Raise unless asdl's empirical Fisher of one sample is its squared gradient."""
     parameters = named_parameters(model)
-    with jittered(parameters):
+    with jittered(parameters), full_precision():
         loss = F.cross_entropy(model(inputs), targets, reduction="sum")
         gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         try:

@@ -13,7 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from spamprune.bayes.likelihood import Likelihood
 from spamprune.errors import PosteriorError
-from spamprune.modules import device_of, evaluation_mode
+from spamprune.modules import device_of, differentiable
 
 #: Bytes that a piece of a batch may keep for its backward pass.
 DEFAULT_BUDGET = 4 * 2**30
@@ -80,7 +80,7 @@ def accumulate(
     device = device_of(model)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     seen = size = 0
-    with evaluation_mode(model), torch.enable_grad():
+    with differentiable(model):
         for batch in batches:
             inputs, targets = _pair(batch)
             if samples is not None:

@@ -16,7 +16,7 @@ from spamprune.bayes.curvature.method import CurvatureMethod
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
-from spamprune.modules import device_of, evaluation_mode
+from spamprune.modules import device_of, differentiable
 
 #: Time of one backward pass of each kind over that of a plain one with all weight gradients;
 #: round figures of what benchmarks/curvature.py measures.
@@ -80,7 +80,7 @@ def preflight(
         raise PosteriorError("a preflight needs data: the loader gave no batches")
     device = device_of(model)
     inputs, targets = inputs.to(device), targets.to(device)
-    with evaluation_mode(model), torch.enable_grad():
+    with differentiable(model):
         kept = max(examine(model, likelihood, inputs, targets), 1)
         piece = max(1, min(len(inputs), DEFAULT_BUDGET // kept))
         few = min(piece, 8)
