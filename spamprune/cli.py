@@ -14,9 +14,9 @@ from typer.core import TyperGroup
 from spamprune.commands import artifacts, prune, zoo
 from spamprune.commands.output import console
 from spamprune.errors import RecipeError, SpampruneError
-from spamprune.recipe import library
+from spamprune.recipe import fields, library
 from spamprune.recipe.load import check, describe, load
-from spamprune.recipe.schema import Recipe, RecipeFile
+from spamprune.recipe.schema import Recipe
 
 _FAILED = 2
 _INTERRUPTED = 130
@@ -147,7 +147,7 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors and for reading."""
-    typer.echo(json.dumps(RecipeFile.model_json_schema(), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(fields.of_files(), indent=2, ensure_ascii=False))
 
 
 @app.command()

@@ -43,7 +43,7 @@ def export(
         path: The file to write, ``.onnx`` or ``.pt2``; ONNX keeps weights above 2 GiB in a second
             one beside it.
         example: Inputs to trace and compare with, ``(B, ...)``; by default random ones of the size
-            in the model's recorded preprocessing.
+            in the model's recorded preprocessing, or that a first linear layer takes.
         format: ``"onnx"``, run here by onnxruntime, or ``"torch"`` for a ``.pt2`` archive.
         tolerance: Largest difference allowed, relative to the largest output.
 
@@ -97,14 +97,23 @@ def export(
 
 
 def _example(model: nn.Module) -> Tensor:
-    """Return one random input of the recorded size."""
+    """Return one random input of the recorded size, or that the first layer shows."""
     settings = getattr(model, "pretrained_cfg", None) or {}
-    if "input_size" not in settings:
+    size = settings.get("input_size") or _vector_size(model)
+    if size is None:
         raise ArtifactError(
             f"the input size of {type(model).__name__} was not recorded: pass an example input"
         )
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, *settings["input_size"], generator=generator)
+    return torch.randn(1, *size, generator=generator)
+
+
+def _vector_size(model: nn.Module) -> tuple[int] | None:
+    """Return the size of the vectors that a plain sequence of layers takes, if it takes such."""
+    if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
+        return None
+    first = next((layer for layer in model if not isinstance(layer, nn.Flatten)), None)
+    return (first.in_features,) if isinstance(first, nn.Linear) else None
 
 
 def _program(model: nn.Module, example: Tensor) -> ExportedProgram:

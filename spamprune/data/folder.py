@@ -203,12 +203,18 @@ def image_folder(
     are resized to ``image_size`` (224) pixels on the shorter side and cropped to the centre.
 
     Raises:
-        DataError: A folder is missing or empty, or classes differ between folders.
+        DataError: A folder is missing or empty, there is one class only, or classes differ between
+            folders.
     """
     if root is None:
         raise DataError("data.root: image_folder needs the folder that holds train and test")
     size = 224 if image_size is None else image_size
     train = _scan(root / "train")
+    if len(train.classes) < 2:
+        raise DataError(
+            f"data.root: {root / 'train'} has one class only ({train.classes[0]}): give each of "
+            "two or more classes a folder of images"
+        )
     parts = [part for part in ("test", "val") if (root / part).is_dir()]
     if not parts:
         raise DataError(f"data.root: {root} has neither test nor val: add one beside train")

@@ -28,7 +28,7 @@ from spamprune.recipe.schema import (
 
 _TIMED = 3
 #: Steps over the training data that a criterion takes; the others take a few at most.
-_SCORING = {"snip": 1, "taylor": 1, "grasp": 3}
+_SCORING = {"snip": 1, "taylor": 1, "fisher": 1, "grasp": 3}
 
 Experiment = Unstructured | SemiStructured | Structured
 
@@ -141,7 +141,11 @@ def _measuring(experiment: Experiment, data: DataSet) -> float:
     """Return for how many samples' steps an experiment scores, and measures what it pruned."""
     tests = len(data.test) / 3  # a forward pass is a third of a step
     found = len(experiment.criteria) * _networks(experiment) * tests
-    found += sum(_SCORING.get(criterion, 0) for criterion in experiment.criteria) * len(data.train)
+    times = 1
+    if isinstance(experiment, Unstructured) and experiment.rounds > 1:  # on the way to each
+        times = experiment.rounds * len(experiment.sparsities)
+    passes = sum(_SCORING.get(criterion, 0) for criterion in experiment.criteria)
+    found += times * passes * len(data.train)
     if isinstance(experiment, Structured):
         evidence = sum(target.evidence is not None for target in experiment.targets)
     else:

@@ -235,6 +235,8 @@ def _save(
     last = list(outcome.accuracy.values())[-1]
     metrics: dict[str, Any] = {
         f"accuracy on {data.name} (%)": {**outcome.accuracy, "saved": last},
+        # of the network that came in, as all else here: it may have been pruned before
+        "parameters": {"dense": dense.params, "saved": pruned.params},
         "MACs": {"dense": dense.macs, "saved": pruned.macs},
     }
     for batch in LATENCY_BATCHES:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from spamprune import models
 from spamprune.bayes.parameters import named_parameters
@@ -27,12 +30,17 @@ from spamprune.modules import batch_norms
 from spamprune.pruning.plan import Target, check_reachable
 from spamprune.pruning.semi_structured import semi_structured_masks
 from spamprune.recipe import dump, fingerprint, load
-from spamprune.recipe.schema import Recipe, SemiStructured, Structured
+from spamprune.recipe.schema import Recipe, SemiStructured, Structured, Training
 from spamprune.report import measure, page
 from spamprune.report.results import Cell, Results, write_results
 
 #: Runs that are expected to take longer than this say so before they start, seconds.
 TOLD_FROM = 120
+#: In a run's folder: the recipe and the data that its parts were made by. ``recipe.yaml`` may be
+#: edited, and an image folder may change.
+_MADE_BY = ".made_by.json"
+#: What tells data apart; where they lie, and how that is said, may change.
+_FACTS = ("name", "train", "validation", "test", "classes", "shape")
 
 
 def run(
@@ -61,7 +69,7 @@ def run(
     out = Path("runs") / recipe.name if out is None else Path(out)
     data = load_data(recipe)
     _preflight(recipe, data)
-    _claim(recipe, out, resume)
+    _claim(recipe, data, out, resume)
     expected = forecast(recipe, data, jobs)
     if expected >= TOLD_FROM:
         done = " less what is finished" if resume else ""
@@ -96,6 +104,7 @@ def _preflight(recipe: Recipe, data: DataSet) -> None:
     for stage in (*recipe.train.values(), *filter(None, tunings)):
         check_loss(stage.loss, data.shape)
     _check_norms(recipe, model)
+    _check_batches(recipe, data, model)
     inputs, _ = next(iter(data.test.loader(1)))
     for training in recipe.train.values():
         if training.gradual is not None:
@@ -131,7 +140,50 @@ def _check_norms(recipe: Recipe, model: nn.Module) -> None:
         )
 
 
-def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
+def _check_batches(recipe: Recipe, data: DataSet, model: nn.Module) -> None:
+    """Raise if BatchNorm is to normalise by a last batch of one sample, and cannot."""
+    by_batch: list[tuple[str, Training]] = [
+        (f"train.{name}", training)
+        for name, training in recipe.train.items()
+        if training.norms == "train"
+        or any(
+            isinstance(e, Structured) and e.recalibrate and e.concerns(name) for e in recipe.prune
+        )
+    ]
+    for index, experiment in enumerate(recipe.prune):
+        tune = experiment.finetune
+        anew = isinstance(experiment, Structured) and experiment.scratch is not None
+        if tune is not None and (tune.norms == "train" or anew):  # fresh networks freeze no norms
+            by_batch.append((f"prune.{index}.finetune", tune))
+    n = len(data.train)
+    alone = [(where, s) for where, s in by_batch if (n % s.batch_size or s.batch_size) == 1]
+    if not alone:
+        return
+    inputs, _ = next(iter(data.train.loader(1)))
+    if _normalises(model, inputs):
+        return
+    where, settings = alone[0]
+    raise RecipeError(
+        f"{where}.batch_size: batches of {settings.batch_size} of {n} training samples end with "
+        f"one of a single sample, which BatchNorm in {recipe.model.name} cannot normalise: choose "
+        "another"
+    )
+
+
+def _normalises(model: nn.Module, inputs: Tensor) -> bool:
+    """Return whether every BatchNorm can take its statistics of a batch."""
+    trained = copy.deepcopy(model).train()  # whose running statistics change
+    try:
+        with torch.no_grad():
+            trained(inputs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _claim(recipe: Recipe, data: DataSet, out: Path, resume: bool) -> None:
     """Make ``out`` this recipe's folder, or refuse when it is something else's."""
     saved = out / "recipe.yaml"
     if saved.exists():
@@ -144,17 +196,47 @@ def _claim(recipe: Recipe, out: Path, resume: bool) -> None:
                 f"{out} already holds this recipe's results: go on with --resume, or choose "
                 "another --out"
             )
+        _check_made_by(recipe, data, out)
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out} is there and no run's folder: choose another --out")
     if resume:
         raise OutputError(f"nothing to resume: {out} holds no run")
+    made_by = {"recipe": recipe.model_dump(mode="json"), "data": _about(data)}
     try:
+        write_text(out / _MADE_BY, json.dumps(made_by, indent=1))
         write_text(saved, dump(recipe))
     except OSError:
+        (out / _MADE_BY).unlink(missing_ok=True)
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         raise
+
+
+def _check_made_by(recipe: Recipe, data: DataSet, out: Path) -> None:
+    """Raise if other settings or other data made what ``out`` holds."""
+    path = out / _MADE_BY
+    if not path.exists():  # an earlier version made the folder
+        return
+    try:
+        made_by = json.loads(path.read_text(encoding="utf-8"))
+        # the values and not their fingerprint, to which later versions add their defaults
+        settings = Recipe.model_validate_json(json.dumps(made_by["recipe"]))
+        before = {key: made_by["data"][key] for key in _FACTS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path} is damaged: choose another --out") from error
+    if fingerprint(settings) != fingerprint(recipe):
+        raise OutputError(
+            f"{out / 'recipe.yaml'} was changed after results were made by it: choose another "
+            "--out, or undo the change"
+        )
+    now = _about(data)
+    changed = [f"{k} was {before[k]}, is {now[k]}" for k in _FACTS if before[k] != now[k]]
+    if changed:
+        raise OutputError(
+            f"{out} holds results on other data ({'; '.join(changed)}): choose another --out, or "
+            "bring the data back"
+        )
 
 
 def _run_all(recipe: Recipe, out: Path, keys: list[Key], jobs: int) -> dict[Key, Cell]:

@@ -6,11 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 from spamprune.recipe.document import FieldPath
-from spamprune.recipe.schema import Recipe
+from spamprune.recipe.schema import Recipe, RecipeFile
 
 Node = dict[str, Any]  # a JSON Schema; {} where everything goes
 
 ROOT: Node = Recipe.model_json_schema()
+#: Sections with required fields that no list holds.
+_MERGED = ("Data", "Model", "Online", "Gradual", "Reduction")
+
+
+def of_files() -> Node:
+    """Return the schema of recipes' files, of which those that extend others may leave things out.
+
+    Mappings are merged with the other recipe's, so nothing in them has to be there; lists are
+    replaced, so their entries are whole.
+    """
+    schema = RecipeFile.model_json_schema()
+    sections = schema["$defs"]
+    train = schema["properties"]["train"]
+    train["additionalProperties"] = {"anyOf": [train["additionalProperties"], {"type": "null"}]}
+    required = {name: sections[name].pop("required") for name in _MERGED}
+    whole = {
+        "required": schema.pop("required"),
+        "properties": {
+            "data": {"required": required["Data"]},
+            "model": {"required": required["Model"]},
+        },
+    }
+    schema["anyOf"] = [{"required": ["extends"]}, whole]
+    return schema
 
 
 def plain(node: Node) -> Node:

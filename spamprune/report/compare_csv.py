@@ -10,7 +10,7 @@ from spamprune.report.formats import target
 from spamprune.report.merge import Measured, Merged, measured
 from spamprune.report.plots import METRICS
 from spamprune.report.results import Cell, Masked, OnlineCut, Patterned, Quality, Size
-from spamprune.report.summary import COST_FIELDS, STAGES, criterion_of, spread, trainings
+from spamprune.report.summary import COST_FIELDS, STAGES, criterion_of, overshot, spread, trainings
 
 _COLUMNS = (
     *("dataset", "model", "training", "method", "hessian", "prior", "kind", "experiment"),
@@ -19,6 +19,8 @@ _COLUMNS = (
 )
 _STAGES = (*STAGES, "trained")  # the last one: right before the next cut, or at the end
 
+_EXACT = "exact"  # what tells lines apart whose numbers are written rounded; no column
+
 _Key = dict[str, object]  # columns
 _Lines = dict[tuple[tuple[str, object], ...], list[float]]  # columns → a number per seed
 
@@ -26,7 +28,9 @@ _Lines = dict[tuple[tuple[str, object], ...], list[float]]  # columns → a numb
 def text(merged: Merged) -> str:
     """Return all numbers of comparable runs."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, _COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(
+        buffer, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     for training, cells in trainings(merged.results).items():
         method = merged.methods[training]
@@ -42,6 +46,8 @@ def text(merged: Merged) -> str:
         for cell in cells:
             _note_trained(lines, cell)
             for record in measured(cell):
+                if isinstance(record, Masked) and overshot(cell, record):
+                    continue  # no line has that sparsity
                 _note_pruned(lines, record, merged.origins[record.experiment])
             cuts: list[Cut] = [*cell.online, *cell.gradual]
             for cut in cuts:
@@ -66,12 +72,13 @@ def _note_pruned(lines: _Lines, record: Measured, origin: str) -> None:
         key["target"] = "evidence"
         _note(lines, {**key, "metric": "sparsity"}, record.achieved)
     elif isinstance(record, Masked):
-        key["sparsity_pct"] = _percent(record.requested)
+        key |= {"sparsity_pct": _percent(record.requested), _EXACT: record.requested}
     elif isinstance(record, Patterned):
         key["target"] = record.pattern
     else:
         key["criterion"] = criterion_of(record)
         key |= {"ranking": record.ranking, "target": target(record.target)}
+        key[_EXACT] = tuple(sorted(record.target.items()))
         _note_size(lines, key, record.size)
     _note_stages(lines, key, record)
 

@@ -147,14 +147,15 @@ def _masked_table(merged: Merged, experiment: int, stage: Stage, metric: str) ->
 
 def _compacted_table(merged: Merged, shown: Sequence[Family]) -> Table:
     """Return the table of a structured experiment; the best of each target's rows is marked."""
-    wanted = {target(family.target): family.target for family in shown}
+    # by exact values: their texts are rounded
+    wanted = {tuple(sorted(family.target.items())): family.target for family in shown}
     rows: list[list[Entry]] = []
-    for name, values in wanted.items():
+    for values in wanted.values():
         group = [family for family in shown if family.target == values]
         columns = [marked([f.accuracy(stage) for f in group], "accuracy") for stage in STAGES]
         rows += [
             [
-                *map(Text, (name, family.criterion, family.ranking)),
+                *map(Text, (target(values), family.criterion, family.ranking)),
                 *_lead(merged, family.training, [len(family.members)]),
                 *column,
                 *(count(family.cost(field)) for field in COST_FIELDS),

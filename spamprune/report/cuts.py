@@ -64,7 +64,8 @@ def post_hoc(results: Results) -> dict[str, dict[float, list[Quality]]]:
         for (training, criterion), points in masked_series(results, experiment, "pruned").items():
             if training in whole and criterion in criteria:
                 name = training if len(criteria) == 1 else f"{training}, {criterion}"
-                series.setdefault(name, {}).update(points)
+                # experiments differ in method: at each sparsity the first of them counts
+                series[name] = dict(sorted((points | series.get(name, {})).items()))
     return series
 
 

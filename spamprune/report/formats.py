@@ -45,4 +45,4 @@ def target(values: dict[str, float]) -> str:
     if "evidence" in values:
         return "most evidence"
     names = {"macs": "% of MACs", "params": "% of params", "ratio": "% of units removed"}
-    return ", ".join(f"{100 * v:.3g} {names.get(k, k)}" for k, v in values.items())
+    return ", ".join(f"{100 * v:.6g} {names.get(k, k)}" for k, v in values.items())

@@ -38,6 +38,11 @@ class Run:
     recipe: Recipe
     results: Results
 
+    @property
+    def name(self) -> str:
+        """Return the folder's own name, also where the path to it is "."."""
+        return self.folder.resolve().name
+
 
 @dataclass(frozen=True)
 class Method:
@@ -166,9 +171,9 @@ def _names(runs: Sequence[Run]) -> dict[_Identity, str]:
         for training in run.recipe.train:
             first.setdefault(_identity(run, training), run)
     own = [training for training, _ in first]
-    short = len({run.folder.name for run in runs}) == len(runs)
+    short = len({run.name for run in runs}) == len(runs)
     return {
-        (training, settings): f"{training} ({run.folder.name if short else run.folder})"
+        (training, settings): f"{training} ({run.name if short else run.folder})"
         if own.count(training) > 1
         else training
         for (training, settings), run in first.items()

@@ -143,7 +143,7 @@ def _head(results: Results) -> str:
         )
         what = f"{sparsest.training}, {sparsest.criterion}, {how}"
         cards.append((f"{100 * sparsest.sparsity:.4g} %", "weights set to zero", what))
-    elif unstructured_experiments(results):
+    elif any(masked_stages(results, e) for e in unstructured_experiments(results)):
         sentences.append(f"No mask stays within {TOLERANCE:g} point of the unpruned network.")
     smallest = best_family(families(results))
     if smallest is not None:

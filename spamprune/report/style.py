@@ -10,6 +10,7 @@ from typing import Any, ParamSpec
 import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 from spamprune.report.results import Results
@@ -32,9 +33,10 @@ _CRITERION_COLOURS = {
     "taylor": "#882255",
     "bmr": "#332288",
     "block_opd": "#117733",
+    "fisher": "#999933",
     "random": GREY,
 }
-_MARKERS = dict(zip(_CRITERION_COLOURS, "osD^vPXhpd", strict=True))
+_MARKERS = dict(zip(_CRITERION_COLOURS, "osD^vPXhp>d", strict=True))
 _DASHES: dict[str, Any] = {
     "opd": "-",
     "magnitude": (0, (5, 1.5)),
@@ -45,6 +47,7 @@ _DASHES: dict[str, Any] = {
     "taylor": (0, (8, 2, 1, 2)),
     "bmr": (0, (1, 3)),
     "block_opd": (0, (6, 1, 1, 1)),
+    "fisher": (0, (5, 3, 1, 3)),
     "random": (0, (2, 4)),
 }
 
@@ -104,20 +107,27 @@ def svg(draw: Callable[P, Figure]) -> Callable[P, str]:
 
 
 def training_colours(results: Results) -> dict[str, str]:
-    """Return the colour of each training: grey for the first MAP one, the baseline."""
+    """Return the colour of each training: grey for the first MAP one, the baseline.
+
+    Once the palette is used up it comes again, darker each time.
+    """
     colours: dict[str, str] = {}
     for cell in results.cells:
         if cell.training not in colours:
             baseline = cell.method == "map" and GREY not in colours.values()
             used = sum(colour != GREY for colour in colours.values())
-            colours[cell.training] = GREY if baseline else _PALETTE[used % len(_PALETTE)]
+            lap, place = divmod(used, len(_PALETTE))
+            red, green, blue = to_rgb(_PALETTE[place])
+            shade = 0.55**lap
+            colour = to_hex((shade * red, shade * green, shade * blue))
+            colours[cell.training] = GREY if baseline else colour
     return colours
 
 
 def _looks(names: Iterable[str], fixed: dict[str, Any]) -> dict[str, Any]:
-    """Return the fixed look of each known name, and an unused one for each other name."""
+    """Return the fixed look of each known name, and one for each other: unused, if any is."""
     names = list(names)
-    spare = [look for name, look in fixed.items() if name not in names]
+    spare = [look for name, look in fixed.items() if name not in names] or list(fixed.values())
     others = [name for name in names if name not in fixed]
     looks = {name: fixed[name] for name in names if name in fixed}
     return looks | {name: spare[i % len(spare)] for i, name in enumerate(others)}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from spamprune.report.results import Cell, Compacted, GradualCut, Quality, Results
+from spamprune.report.results import Cell, Compacted, GradualCut, Masked, Quality, Results
 
 Stage = Literal["pruned", "finetuned", "scratch"]
 STAGES: dict[Stage, str] = {  # in words, in the order of time
@@ -67,14 +67,23 @@ def unstructured_experiments(results: Results) -> list[int]:
     return sorted({m.experiment for cell in results.cells for m in cell.masked})
 
 
+def overshot(cell: Cell, masked: Masked) -> bool:
+    """Return whether training had pruned more than the sparsity asked for, beyond rounding."""
+    return (masked.achieved - masked.requested) * cell.size.params > 1
+
+
 def masked_series(results: Results, experiment: int, stage: Stage) -> MaskedSeries:
-    """Return what masks did: (training, criterion) → sparsity → one measurement per seed."""
+    """Return what masks did: (training, criterion) → sparsity → one measurement per seed.
+
+    A sparsity that training had gone beyond is left out: no network has it.
+    """
     series: MaskedSeries = {}
     for cell in results.cells:
         for masked in cell.masked:
             quality: Quality | None = getattr(masked, stage)
             asked = masked.chosen is None  # else a sparsity of its own for each seed
-            if masked.experiment == experiment and quality is not None and asked:
+            here = masked.experiment == experiment and asked and not overshot(cell, masked)
+            if here and quality is not None:
                 points = series.setdefault((cell.training, masked.criterion), {})
                 points.setdefault(masked.requested, []).append(quality)
     return {key: dict(sorted(points.items())) for key, points in series.items()}

@@ -108,7 +108,7 @@ def by_sparsity(
         for s in sparsities
     ]
     rows = [[*lead, *row] for lead, *row in zip(leads, *columns, strict=True)]
-    return Table([*head, *(f"{100 * s:.4g} %" for s in sparsities)], rows)
+    return Table([*head, *(f"{100 * s:.6g} %" for s in sparsities)], rows)
 
 
 def compacted_table(results: Results, experiment: int) -> Table:

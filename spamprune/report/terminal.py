@@ -13,6 +13,8 @@ from spamprune.report.formats import plus_minus, target
 from spamprune.report.patterns import patterns
 from spamprune.report.results import Results
 from spamprune.report.summary import (
+    Stage,
+    by_evidence,
     dense,
     families,
     masked_series,
@@ -72,12 +74,19 @@ def _unstructured(results: Results) -> list[Table]:
     made = []
     for experiment in unstructured_experiments(results):
         rows: Rows = {}
-        for stage in ("pruned", "finetuned"):  # the later stage is what remains
-            for key, points in masked_series(results, experiment, stage).items():
-                for sparsity, qualities in points.items():
-                    mean = spread_of(qualities, "accuracy").mean
+        stages: tuple[Stage, ...] = ("pruned", "finetuned")
+        for stage in stages:  # the later stage is what remains
+            series = masked_series(results, experiment, stage)
+            # by sparsity, as a row may lack the first ones
+            for sparsity in sorted({s for points in series.values() for s in points}):
+                for key in (key for key, points in series.items() if sparsity in points):
+                    mean = spread_of(series[key][sparsity], "accuracy").mean
                     rows.setdefault(key, {})[f"{sparsity:g}"] = f"{mean:.1f}"
-        made.append(_experiment(f"prune.{experiment}: mean accuracy at sparsity", rows))
+            for key, (sparsity, qualities) in by_evidence(results, experiment, stage).items():
+                mean = spread_of(qualities, "accuracy").mean
+                rows.setdefault(key, {})["most evidence"] = f"{mean:.1f} @ {100 * sparsity:.1f} %"
+        if rows:
+            made.append(_experiment(f"prune.{experiment}: mean accuracy at sparsity", rows))
     return made
 
 

@@ -62,6 +62,10 @@ def test_folder_needs_no_example(tmp_path: Path) -> None:
         export(create("lenet"), tmp_path / "lenet.onnx")
 
 
+def test_vectors_need_no_example(tmp_path: Path) -> None:
+    assert export(create("fc_cancer"), tmp_path / "net.pt2", format="torch") < TOLERANCE
+
+
 class Branching(nn.Module):
     """What it computes depends on the values, which a trace cannot follow."""
 

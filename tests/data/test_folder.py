@@ -111,3 +111,12 @@ def test_folders_that_do_not_fit(image_root: Path) -> None:
     shutil.rmtree(image_root / "test")
     with pytest.raises(DataError, match="neither test nor val"):
         load("image_folder", root=image_root)
+
+
+def test_one_class_is_refused(image_root: Path) -> None:
+    only, *others = sorted(path.name for path in (image_root / "train").iterdir())
+    for part in ("train", "test"):
+        for name in others:
+            shutil.rmtree(image_root / part / name)
+    with pytest.raises(DataError, match=rf"train has one class only \({only}\)"):
+        load("image_folder", root=image_root, validation=0, image_size=8)

@@ -55,6 +55,22 @@ def test_scoring_and_the_search_for_the_most_evidence_count():
     assert sought == pytest.approx(2 * 2 * (tests / 3 + 20 * samples / 3) / 50)
 
 
+def test_rounds_of_scoring_count():
+    data = load("cancer")
+    rounds = {
+        "kind": "unstructured",
+        "sparsities": [0.5, 0.9],
+        "criteria": ["snip"],
+        "rounds": 10,
+    }
+    plain = forecast(recipe(prune=[], seeds=[0]), data)
+    scored = forecast(recipe(prune=[rounds], seeds=[0]), data) - plain
+    assert scored == pytest.approx((2 * len(data.test) / 3 + 2 * 10 * len(data.train)) / 50)
+    fisher = {"kind": "structured", "targets": [{"ratio": 0.5}], "criteria": ["fisher"]}
+    scored = forecast(recipe(prune=[fisher], seeds=[0]), data) - plain
+    assert scored == pytest.approx((len(data.test) / 3 + len(data.train)) / 50)
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(5, "less than a minute"), (300, "5 min"), (4800, "1 h 20 min"), (400_000, "5 days")],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,9 @@ def test_an_artifact_is_pruned_again(digits: DataSet, tmp_path: Path) -> None:
     second = prune(found, digits, request, tmp_path / "2", Stages(Console(file=io.StringIO())))
     assert second.accuracy["dense"] == pytest.approx(first.accuracy["recalibrated"])
     assert second.sizes["dense"].params == first.sizes["pruned"].params
+    sizes = [f"{second.sizes[stage].params:,}" for stage in ("dense", "pruned")]
+    (row,) = re.findall(r"\| parameters \|(.*)\|", (tmp_path / "2" / "README.md").read_text())
+    assert [cell.strip() for cell in row.split("|") if cell.strip()] == sizes
     assert cost.params(sp.load(tmp_path / "2")) < 0.8 * second.sizes["dense"].params
 
 

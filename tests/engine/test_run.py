@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import spamprune as sp
+from spamprune.engine import run as module
 from spamprune.engine.run import run
 from spamprune.errors import (
     DataError,
@@ -272,6 +274,16 @@ def test_numbers_that_are_lost_stop_the_run_and_the_last_good_epoch_is_kept(
             RecipeError,
             r"train\.map\.norms, prune\.0\.recalibrate: fc_cancer has no BatchNorm",
         ),
+        (
+            {
+                "data": {"name": "digits", "validation": 0},
+                "model": {"name": "resnet10t", "kwargs": {"in_chans": 1, "num_classes": 10}},
+                "train": {"map": {"method": "map", "epochs": 1, "batch_size": 359}},
+                "prune": [],
+            },
+            RecipeError,
+            r"train\.map\.batch_size: batches of 359 of 1437 .* BatchNorm in resnet10t",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, changes, error, says):
@@ -296,6 +308,27 @@ def test_folders_with_other_results_are_left_alone(finished, tmp_path):
         run(recipe(), tmp_path / "empty", resume=True)
     assert sorted(folder.rglob("*")) == before
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+def test_results_of_other_settings_or_data_are_not_resumed(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    short = {"map": {"method": "map", "epochs": 1, "batch_size": 64, "optimiser": ADAM}}
+    run(recipe(train=short, prune=[]), out)
+    saved = (out / "recipe.yaml").read_text()
+    (out / "recipe.yaml").write_text(saved.replace("epochs: 1\n", "epochs: 2\n"))
+    with pytest.raises(OutputError, match=r"recipe\.yaml was changed"):
+        run(out / "recipe.yaml", out, resume=True)
+    (out / "recipe.yaml").write_text(saved)
+    run(out / "recipe.yaml", out, resume=True)
+    loaded = module.load_data(recipe())
+    fewer = replace(loaded, train=loaded.test)
+    says = rf"other data \(train was {len(loaded.train)}, is {len(loaded.test)}\)"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_data", lambda _: fewer)
+        with pytest.raises(OutputError, match=says):
+            run(out / "recipe.yaml", out, resume=True)
+    (out / ".made_by.json").unlink()  # as in folders of earlier versions
+    run(out / "recipe.yaml", out, resume=True)
 
 
 def test_resuming_a_finished_run_changes_no_weight(finished):

@@ -124,6 +124,11 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
             "r.yaml:16: train.spam.evidence.every: with every 5, burn_in 100 and",
         ),
         (
+            "criteria: [opd, random]",
+            "criteria: [opd, bmr]\n    threshold: lamp",
+            "r.yaml:20: prune.0.threshold: 'lamp' divides by sums of scores, and those of bmr may",
+        ),
+        (
             "ratio: 0.5",
             "ratio: 0.5\n        macs: 0.5",
             "r.yaml:22: prune.1.targets.0: give exactly one of ratio, macs, params, bytes",
@@ -196,6 +201,24 @@ def test_a_merged_error_is_at_the_line_that_is_to_be_mended(write: Write) -> Non
         "r.yaml:11: train.map.epochs: 0",
         "r.yaml:11: train.spam.epochs: 0",
     ]
+
+
+@pytest.mark.parametrize(
+    "holding",
+    [
+        "train.spam.online={final: 0.5, every: 1}",
+        "train.spam={method: variational, optimiser: {name: adabelief}, epochs: 2, "
+        "variational: {reduction: {warm_up: 1, blocks: 1}}}",
+    ],
+)
+def test_kronecker_factors_are_refused_where_training_holds_masks(
+    write: Write, holding: str
+) -> None:
+    tune = "prune.1.finetune={method: spam, curvature: {structure: kron}}"
+    (found,) = problems(write(), holding, tune)
+    assert "prune.1.finetune.curvature.structure: 'spam' holds weights at zero" in found
+    regrowing = "train.spam.online={final: 0.5, every: 1, hold: false}"
+    assert isinstance(check(write(), [regrowing, tune]), Recipe)
 
 
 def test_overrides_change_any_field(write: Write) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spamprune.report import bayes, page
+from spamprune.report import bayes, page, terminal
 from spamprune.report.compare import compare
 from spamprune.report.plots import sparsity_curves
 from spamprune.report.results import (
@@ -139,3 +139,15 @@ def test_units_by_evidence_are_told_in_nats(results):
     experiment = next(r.experiment for cell in results.cells for r in cell.compacted)
     table = compacted_table(results.model_copy(update={"cells": cells}), experiment).html()
     assert "most evidence → +321 nats" in table
+
+
+def test_the_terminal_shows_what_the_evidence_chose(chosen):
+    found, name = chosen
+    _, masks, *_ = terminal.tables(found)
+    heads = [str(column.header) for column in masks.columns]
+    assert heads[2:] == ["0.2", "0.5", "0.8", "0.9", "0.95", "0.99", "most evidence"]
+    assert next(iter(masks.columns[-1].cells)) == "88.5 @ 82.5 %"
+    for cell in found.cells:
+        cell.masked = [m for m in cell.masked if m.chosen]
+    _, masks, *_ = terminal.tables(found)
+    assert [list(column.cells) for column in masks.columns] == [[name], ["opd"], ["88.5 @ 82.5 %"]]

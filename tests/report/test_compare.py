@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spamprune.report.compare import compare
-from spamprune.report.results import Results, read_results
+from spamprune.report.results import Results, read_results, write_results
 
 MakeRun = Callable[..., str]
 
@@ -148,3 +148,25 @@ def test_dense_networks_alone(make_run: MakeRun, make_results: Callable[..., Res
     written = {file.name for file in path.parent.iterdir()}
     assert written == {"comparison.md", "comparison.csv", "training.svg"}
     assert len(tables(path.read_text(encoding="utf-8"))) == 2
+
+
+def test_targets_that_are_almost_the_same_are_not_one(make_run: MakeRun) -> None:
+    run = make_run("a", trainings={"map": "map"}, masked=False, criteria=("opd",))
+    results = read_results(Path(run))
+    for cell in results.cells:
+        cell.compacted = [
+            cell.compacted[0].model_copy(
+                update={"target": {"params": p}, "achieved": {"params": p}}
+            )
+            for p in (0.3001, 0.3004, 0.30040000001)
+        ]
+    write_results(Path(run), results)
+    path = compare([run], "out")
+    with (path.parent / "comparison.csv").open(encoding="utf-8", newline="") as file:
+        found = [line for line in csv.DictReader(file) if line["metric"] == "macs"]
+    found = [line for line in found if line["kind"] == "structured"]
+    names = ["30.01 % of params", "30.04 % of params", "30.04 % of params"]
+    assert [line["target"] for line in found] == names
+    assert {line["seeds"] for line in found} == {"2"}
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if "% of params" in line]
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == names

@@ -71,6 +71,12 @@ def test_folders_of_one_name_are_told_apart_by_their_paths(make_run: MakeRun) ->
     assert {"map (run)", "map (z)"} <= set(merged.methods)
 
 
+def test_the_current_folder_has_a_name(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run("a"), make_run("b", changes={"data.augment": "flip"})
+    monkeypatch.chdir("a")
+    assert {"map (a)", "map (b)"} <= set(merge([".", "../b"]).methods)
+
+
 def test_experiments_are_matched_by_settings_and_not_by_place(make_run: MakeRun) -> None:
     a, b = make_run("a"), make_run("b", first_seed=2, reverse=True)
     merged = merge([a, b])

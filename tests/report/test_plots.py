@@ -10,6 +10,7 @@ from spamprune.report.plots import cost_accuracy, sparsity_curves, training_curv
 from spamprune.report.results import Results
 from spamprune.report.style import GREY, criterion_markers, training_colours
 from spamprune.report.weights import filter_banks, precision_histograms, varied
+from spamprune.scores import CRITERIA
 from tests.report.drawings import words_in
 
 MANY = ("opd", "magnitude", "snip", "grasp", "synflow", "a plug-in")
@@ -101,3 +102,18 @@ def test_filter_banks() -> None:
     texts = words_in(filter_banks(banks))
     assert {"conv", "gone", "Trained", "Masked", "Compacted", "exactly zero"} <= texts
     assert {"3 × 6", "3 × 6, 66.7 % nonzero", "2 × 6", "4 × 4, 0 % nonzero"} <= texts
+
+
+def test_all_criteria_at_once_have_looks(make_results: Callable[..., Results]) -> None:
+    known = (*CRITERIA, "block_opd")
+    criteria = (*known, "opd, compensated")
+    markers = criterion_markers(criteria)
+    assert len({markers[criterion] for criterion in known}) == len(known) == 11
+    assert set(criteria) <= words_in(cost_accuracy(make_results(seeds=1, criteria=criteria), 1))
+
+
+def test_many_trainings_have_colours_of_their_own(make_results: Callable[..., Results]) -> None:
+    results = make_results({f"t{i}": "spam" for i in range(20)}, seeds=1)
+    colours = training_colours(results)
+    assert len(set(colours.values())) == 20
+    assert colours["t0"] == "#0072b2"

@@ -220,3 +220,17 @@ def test_sizes_are_means_over_seeds(results: Results) -> None:
         line for line in tables.dense_table(results).markdown().splitlines() if "| small |" in line
     ]
     assert "| 3,500 |" in row
+
+
+def test_post_hoc_is_of_one_experiment_at_each_sparsity(results: Results) -> None:
+    first = results.cells[0]
+    before = post_hoc(results)["plain"]
+    first.masked += [
+        first.masked[0].model_copy(
+            update={"experiment": 2, "requested": s, "achieved": s, "pruned": _quality(1.0)}
+        )
+        for s in (0.9, 0.7)
+    ]
+    points = post_hoc(results)["plain"]
+    assert list(points) == [0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99]
+    assert {s: found for s, found in points.items() if s != 0.7} == before

@@ -54,3 +54,17 @@ def test_best_sparsity(make_results: Callable[..., Results]) -> None:
     assert best.accuracy.mean >= best.dense_accuracy.mean - 1
     assert (best.training, best.finetuned) == ("spam-unitwise", True)
     assert best_sparsity(make_results(masked=False)) is None
+
+
+def test_sparsities_that_training_went_beyond_are_left_out(
+    make_results: Callable[..., Results],
+) -> None:
+    results = make_results({"held": "map"}, criteria=("opd",))
+    for cell in results.cells:
+        for masked in cell.masked:
+            masked.achieved = max(masked.requested, 0.9) + 0.4 / cell.size.params  # as rounded
+            masked.pruned.accuracy = cell.dense.accuracy
+    assert list(masked_series(results, 0, "pruned")["held", "opd"]) == [0.9, 0.95, 0.99]
+    for cell in results.cells:
+        cell.masked = cell.masked[:3]
+    assert best_sparsity(results) is None

@@ -52,6 +52,8 @@ class Masking(Selective):
 
 #: Criteria that give other scores once some weights are gone.
 _CHANGING = ("snip", "grasp", "taylor", "synflow")
+#: Criteria whose scores may be negative.
+_SIGNED = ("bmr",)
 
 
 class Unstructured(Masking):
@@ -77,6 +79,17 @@ class Unstructured(Masking):
         le=1000,
         description="How often weights are scored on the way to a sparsity; synflow's paper: 100.",
     )
+
+    @model_validator(mode="after")
+    def _threshold_takes_the_scores(self) -> Unstructured:
+        signed = [c for c in self.criteria if c in _SIGNED]
+        if self.threshold == "lamp" and signed:
+            raise fault(
+                f"'lamp' divides by sums of scores, and those of {', '.join(signed)} may be "
+                "negative: use 'global'",
+                "threshold",
+            )
+        return self
 
     @model_validator(mode="after")
     def _some_sparsity(self) -> Unstructured:

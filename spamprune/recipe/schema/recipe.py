@@ -94,6 +94,17 @@ class Recipe(Section):
                         "unpruned networks: name the other trainings",
                         *("prune", i, "trainings"),
                     )
+                tune = experiment.finetune
+                if (
+                    tune is not None
+                    and (tune.method, tune.curvature.structure) == ("spam", "kron")
+                    and self.train[name].holds_masks()
+                ):
+                    raise fault(
+                        f"{name!r} holds weights at zero, which Kronecker factors cannot leave "
+                        "out: use 'diag', or name the other trainings",
+                        *("prune", i, "finetune", "curvature", "structure"),
+                    )
         return self
 
     @model_validator(mode="after")

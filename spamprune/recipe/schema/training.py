@@ -231,6 +231,12 @@ class Train(Training):
         """Return the settings of method variational, None for other methods."""
         return (self.variational or Variational()) if self.method == "variational" else None
 
+    def holds_masks(self) -> bool:
+        """Return whether single weights are pruned in training and stay zero thereafter."""
+        inference = self.inference()
+        reduced = inference is not None and inference.reduction is not None
+        return reduced or (self.online is not None and self.online.hold)
+
     @model_validator(mode="after")
     def _inference_stands_alone(self) -> Train:
         inference = self.inference()
