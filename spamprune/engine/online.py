@@ -71,8 +71,8 @@ class Cuts:
         loader = bench.data.train.loader(bench.config.batch_size)
         subject = Subject(bench, self._model, self._spam.posterior(loader))
         scores = subject.scores(self._config.criterion)
-        if self.masks is not None:  # what is gone stays gone, whatever its score
-            scores = {n: s.masked_fill(~self.masks[n], -torch.inf) for n, s in scores.items()}
+        if self.masks is not None:
+            scores = masks.gone_first(scores, self.masks)
         chosen = masks.global_masks(scores, sparsity)
         masks.apply_masks(self._model, chosen)
         if self.masks is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from spamprune import artifact, scores
@@ -66,9 +65,7 @@ class Subject:
 
     def held_first(self, scored: Scores) -> Scores:
         """Return scores by which what training pruned goes before all else."""
-        if self.held is None:
-            return scored
-        return {n: s.masked_fill(~self.held[n], -torch.inf) for n, s in scored.items()}
+        return scored if self.held is None else masks.gone_first(scored, self.held)
 
     def with_held(self, chosen: masks.Masks) -> masks.Masks:
         """Return masks that hold, besides what they hold, what training pruned."""

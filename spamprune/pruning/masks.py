@@ -42,6 +42,11 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float) -> Masks:
     }
 
 
+def gone_first(scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return scores by which what is masked already goes before all else, whatever its score."""
+    return {name: score.masked_fill(~masks[name], -torch.inf) for name, score in scores.items()}
+
+
 def lamp(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return layer-adaptive scores ``s_p / Σ_{q: s_q ≥ s_p} s_q``, the sum within p's tensor.
 
@@ -101,7 +106,7 @@ def iterative_masks(
     pruned = copy.deepcopy(model)
     masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in named_parameters(model).items()}
     for k in range(1, rounds + 1):
-        scores = {n: s.masked_fill(~masks[n], -torch.inf) for n, s in score(pruned).items()}
+        scores = gone_first(score(pruned), masks)
         masks = global_masks(scores, 1 - (1 - sparsity) ** (k / rounds))
         apply_masks(pruned, masks)
     return masks
