@@ -188,8 +188,8 @@ def _training(results: Results) -> _Section:
     note = (
         f'<p class="soft">Test data, mean ± standard error over seeds. Latency is the median of '
         f"a forward pass with {threads} CPU thread{'s' * (threads > 1)}. MACs count convolutions, "
-        "linear layers and matrix products of one sample; bytes are those of the parameters in "
-        "memory.</p>\n"
+        "linear and recurrent layers and matrix products of one sample; bytes are those of the "
+        "parameters in memory.</p>\n"
     )
     if any(during([cell]) for cell in results.cells):
         title = "Trained networks"
