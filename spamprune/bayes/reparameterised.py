@@ -5,7 +5,9 @@ What autograd would keep of the same formulas for the backward pass is several t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,19 +16,41 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-def draw(mean: Tensor, spread: Tensor, scale: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw weights ``γ (μ + σε)``, ``ε ~ N(0, 1)``, zero where they are masked.
+class Weight(NamedTuple):
+    """The distribution of a parameter tensor: ``γ (μ + σε)``, ``ε ~ N(0, 1)``.
 
-    Args:
+    Attributes:
         mean: μ.
         spread: Of the same shape; ``σ = softplus(spread)``.
         scale: γ > 0, of a shape that broadcasts to theirs.
-        mask: True where a weight stays.
+        mask: True where a weight stays; the others are zero.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    scale: Tensor
+    mask: Tensor
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Return ``γμ`` and ``γσε``, whose sum the weights are."""
+        return _Draw.apply(*self)
+
+
+def linear(inputs: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor:
+    """Return ``inputs @ weight.mT + bias``, weight and bias drawn anew for each row of the inputs.
+
+    Outputs of one row are independent normals then, so that they are drawn instead (local
+    reparameterisation, Kingma et al. 2015, eq. 6).
+
+    Args:
+        inputs: Shape (B, in).
+        weight: Shape (out, in).
+        bias: Shape (out,).
 
     Returns:
-        ``γμ`` and ``γσε``, whose sum the weights are.
+        Shape (B, out).
     """
-    return _Draw.apply(mean, spread, scale, mask)
+    return _Linear.apply(inputs, *weight, *(bias or ()))
 
 
 def divergence(mean: Tensor, spread: Tensor, mask: Tensor) -> Tensor:
@@ -41,17 +65,82 @@ class _Draw(Function):
     ) -> tuple[Tensor, Tensor]:
         noise = torch.randn_like(spread)
         ctx.save_for_backward(mean, spread, scale, mask, noise)
-        held = scale * mask
-        return mean * held, F.softplus(spread).mul_(noise).mul_(held)
+        weight = _Rescaled.of(mean, spread, scale, mask)
+        return weight.mean, weight.deviation.mul_(noise)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_mean: Tensor, of_deviation: Tensor) -> tuple[Tensor | None, ...]:
-        mean, spread, scale, mask, noise = ctx.saved_tensors
-        held = scale * mask
-        of_mean, of_sigma = of_mean * held, held.mul_(of_deviation).mul_(noise)
-        of_scale = (of_mean * mean).addcmul_(of_sigma, F.softplus(spread)).sum_to_size(scale.shape)
-        return of_mean, of_sigma.mul_(spread.sigmoid()), of_scale / scale, None
+        *weight, noise = ctx.saved_tensors
+        return _Rescaled.of(*weight).gradients(of_mean, of_deviation * noise)
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, *parts: Tensor) -> Tensor:
+        weight, bias = _weight_and_bias(parts)
+        output = F.linear(inputs, weight.mean, bias.mean if bias else None)
+        variance = F.linear(
+            inputs.square(), weight.deviation.square_(), bias.deviation.square_() if bias else None
+        )
+        root = variance.sqrt_()
+        noise = torch.randn_like(root)
+        output.addcmul_(root, noise)
+        # outputs without variance divide by next to nothing, and meet zeros on the way back
+        noise.div_(root.clamp_(min=torch.finfo(root.dtype).tiny ** 0.5))
+        ctx.save_for_backward(inputs, noise, *parts)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_output: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, ratio, *parts = ctx.saved_tensors
+        weight, bias = _weight_and_bias(parts)
+        of_variance = ratio.mul(of_output)  # twice it: a square's derivative has another 2
+        of_inputs = None
+        if ctx.needs_input_grad[0]:
+            of_inputs = (of_variance @ weight.deviation.square()).mul_(inputs)
+            of_inputs.addmm_(of_output, weight.mean)
+        of_deviation = (of_variance.mT @ inputs.square()).mul_(weight.deviation)
+        found = weight.gradients(of_output.mT @ inputs, of_deviation)
+        if bias:
+            found += bias.gradients(of_output.sum(0), of_variance.sum(0).mul_(bias.deviation))
+        return of_inputs, *found
+
+
+@dataclass(frozen=True)
+class _Rescaled:
+    """A weight's normal distribution with its scale in it, and the way back.
+
+    Attributes:
+        weight: What it is of.
+        held: γ where a weight stays, 0 elsewhere.
+        mean: γμ.
+        deviation: γσ.
+    """
+
+    weight: Weight
+    held: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, spread: Tensor, scale: Tensor, mask: Tensor) -> _Rescaled:
+        """Return what the parts of a weight amount to."""
+        held = torch.where(mask, scale, 0.0)
+        weight = Weight(mean, spread, scale, mask)
+        return cls(weight, held, mean * held, F.softplus(spread).mul_(held))
+
+    def gradients(self, of_mean: Tensor, of_deviation: Tensor) -> tuple[Tensor | None, ...]:
+        """Return gradients by the weight's parts from those by γμ and γσ."""
+        scale = self.weight.scale
+        of_scale = (of_mean * self.mean).addcmul_(of_deviation, self.deviation)
+        of_spread = (of_deviation * self.held).mul_(self.weight.spread.sigmoid())
+        return of_mean * self.held, of_spread, of_scale.sum_to_size(scale.shape) / scale, None
+
+
+def _weight_and_bias(parts: Sequence[Tensor]) -> tuple[_Rescaled, _Rescaled | None]:
+    return _Rescaled.of(*parts[:4]), _Rescaled.of(*parts[4:]) if parts[4:] else None
 
 
 class _Divergence(Function):

@@ -5,48 +5,33 @@ scale γ is learned with it, see :mod:`spamprune.bayes.scales`. Training minimis
 evidence lower bound per sample, ``mean loss + KL/N``, with one draw of the weights per batch
 (Blundell et al. 2015).
 
-One draw for a whole batch makes for noisy gradients. In linear layers and convolutions every sample
-therefore flips the signs of the deviations by those of its inputs and outputs, drawn at random
-(flipout, Wen et al. 2018): deviations are symmetric, so each sample still sees weights drawn from
-the posterior, the same at all of its positions. Noise drawn at the outputs instead (local
-reparameterisation, Kingma et al. 2015) would be exact only where a sample meets a weight once: not
-in convolutions, nor on tokens.
+One draw for a whole batch makes for noisy gradients: :mod:`spamprune.bayes.noise` has each sample
+draw its own where it can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from spamprune.bayes import reparameterised
+from spamprune.bayes import noise, reparameterised
 from spamprune.bayes.curvature import Curvature
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import check_shapes, named_parameters
 from spamprune.bayes.posterior import Posterior
 from spamprune.bayes.reduction import layers
+from spamprune.bayes.reparameterised import Weight
 from spamprune.bayes.scales import Horseshoe, LayerScale, softplus_inverse
 from spamprune.errors import PosteriorError
 from spamprune.modules import call_with, device_of, evaluation_mode
 
 #: σ at the start, as in the paper's code.
 _START = 0.1
-
-#: Products of data with a weight, as ``(input, weight, bias, …)``, and the axis of channels.
-_PRODUCTS = {
-    F.linear: -1,
-    F.conv1d: 1,
-    F.conv2d: 1,
-    F.conv3d: 1,
-    F.conv_transpose1d: 1,
-    F.conv_transpose2d: 1,
-    F.conv_transpose3d: 1,
-}
 
 
 class MeanField(nn.Module):
@@ -84,9 +69,7 @@ class MeanField(nn.Module):
         self.network, self.n_data = network, n_data
         self._layers = list(layers(parameters).values())
         self._names = [name for names in self._layers for name in names]
-        # a tensor that several modules share may be met by operations of which only some can flip
-        everywhere = [p for _, p in network.named_parameters(remove_duplicate=False)]
-        self._shared = {n for n, p in parameters.items() if sum(p is q for q in everywhere) > 1}
+        self._uses: noise.Uses | None = None
         self.scales = nn.ModuleList(
             kinds[prior]([parameters[n].detach() for n in names], last=names is self._layers[-1])
             for names in self._layers
@@ -111,14 +94,17 @@ class MeanField(nn.Module):
         """Return γ for every parameter, of a shape that broadcasts to its own."""
         return [scale for layer in self.scales for scale in cast(LayerScale, layer)(draw=draw)]
 
-    def _draw(self) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
-        """Return weights by name, and the means and deviations that they are sums of."""
-        weights, parts = {}, {}
-        drawn = zip(self._names, self._scales(draw=True), self.means, self.spreads, strict=True)
-        for name, scale, mean, spread in drawn:
-            parts[name] = reparameterised.draw(mean, spread, scale, self._mask(name))
-            weights[name] = parts[name][0] + parts[name][1]
-        return weights, parts
+    def _posteriors(self) -> dict[str, Weight]:
+        """Return the distributions of the weights by name, under drawn scales."""
+        rows = zip(self._names, self._scales(draw=True), self.means, self.spreads, strict=True)
+        return {
+            name: Weight(mean, spread, scale, self._mask(name))
+            for name, scale, mean, spread in rows
+        }
+
+    def draw(self) -> dict[str, Tensor]:
+        """Return weights drawn from the posterior, by name."""
+        return {name: torch.add(*weight.draw()) for name, weight in self._posteriors().items()}
 
     def _centre(self) -> dict[str, Tensor]:
         """Return the posterior means by name, at the medians of the scales."""
@@ -133,12 +119,11 @@ class MeanField(nn.Module):
 
     def _drawn(self, inputs: Tensor) -> Tensor:
         """Return the network's outputs under drawn weights."""
-        weights, parts = self._draw()
-        drawn = {
-            id(weights[name]): part for name, part in parts.items() if name not in self._shared
-        }
-        with _Flipout(drawn, len(inputs)):
-            return call_with(self.network, weights, inputs)
+        if self._uses is None:
+            self._uses = noise.uses(self.network, inputs)
+        weights = self._posteriors()
+        with noise.PerSample(weights, self._uses, len(inputs)) as drawn:
+            return call_with(self.network, drawn.tensors, inputs)
 
     def divergence(self) -> Tensor:
         """Return KL(q‖p) of weights and scales in nats, ≥ 0."""
@@ -216,8 +201,7 @@ class MeanField(nn.Module):
         with evaluation_mode(self.network):
             total = torch.zeros((), device=inputs.device)
             for _ in range(samples):
-                weights, _ = self._draw()
-                total = total + call_with(self.network, weights, inputs).softmax(1)
+                total = total + call_with(self.network, self.draw(), inputs).softmax(1)
         return total / samples
 
     @torch.no_grad()
@@ -291,51 +275,3 @@ class MeanField(nn.Module):
         loss = -bound - self.divergence().item()
         curvature = Curvature(diag, loss, self.n_data, "variational", "mean-field")
         return Posterior(curvature, prior, 1.0, bound)
-
-
-class _Flipout(TorchFunctionMode):
-    """Products of a batch with drawn weights see deviations of their own signs for every sample.
-
-    Operations whose input does not have the samples in its first dimension use the weights as drawn
-    for the whole batch, as do all other operations.
-
-    Args:
-        drawn: Means and deviations, by the id of the weight that is their sum.
-        batch: The number of samples.
-    """
-
-    def __init__(self, drawn: Mapping[int, tuple[Tensor, Tensor]], batch: int):
-        super().__init__()
-        self._drawn, self._batch = drawn, batch
-        self._signs: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func not in _PRODUCTS:
-            return func(*args, **kwargs)
-        given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        data, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
-        fits = data.dim() == weight.dim() or (func is F.linear and data.dim() > 1)
-        if id(weight) not in self._drawn or len(data) != self._batch or not fits:
-            return func(*args, **kwargs)
-        mean, deviation = self._drawn[id(weight)]
-        centre, shift = self._drawn.get(id(bias), (bias, None))
-        rest = args[3:]
-        axis = _PRODUCTS[func] % data.dim()
-        output = func(data, mean, centre, *rest, **given)
-        if id(weight) not in self._signs:  # a weight that is met again is the same
-            self._signs[id(weight)] = (_signs(data, axis), _signs(output, axis))
-        before, after = self._signs[id(weight)]
-        shape = [-1 if d in (0, axis) else 1 for d in range(data.dim())]
-        shape[0] = self._batch
-        flipped = func(data * before.view(shape), deviation, shift, *rest, **given)
-        return torch.addcmul(output, after.view(shape), flipped)
-
-
-def _signs(tensor: Tensor, axis: int) -> Tensor:
-    """Return random signs for each sample and channel."""
-    size = (len(tensor), tensor.shape[axis])
-    # on a CPU many times as fast as a Bernoulli draw
-    return torch.rand(size, dtype=tensor.dtype, device=tensor.device).round_().mul_(2).sub_(1)
