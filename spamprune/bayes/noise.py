@@ -7,17 +7,18 @@ weights that are drawn from the posterior:
   (local reparameterisation, Kingma et al. 2015). That is so in linear layers on one vector for each
   sample; not in convolutions, nor on tokens, where a weight is the same at all positions.
 - There every sample flips the signs of the deviations by those of its inputs and outputs, drawn at
-  random (flipout, Wen et al. 2018): deviations are symmetric.
+  random (flipout, Wen et al. 2018): deviations are symmetric. A weight that is met in several ways
+  would not be one weight then.
 
-All other operations have the weights as drawn for the batch.
+All else has the weights as drawn for the batch.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.reparameterised import Weight, linear
-from spamprune.modules import evaluation_mode
+from spamprune.errors import PosteriorError
 
 #: Products of data with a weight, as ``(input, weight, bias, …)``, and the axis of channels.
 _PRODUCTS = {
@@ -40,6 +41,9 @@ _PRODUCTS = {
     F.conv_transpose3d: 1,
 }
 
+#: What timm's and Hugging Face's modules call it.
+_CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
+
 
 @dataclass(frozen=True)
 class Uses:
@@ -47,62 +51,109 @@ class Uses:
 
     Attributes:
         once: Met once, in a linear layer on one vector for each sample.
-        shared: Registered with several modules, which may be met by operations of which only some
-            are products.
+        flipped: The other ones that are met by products of one kind only, always with the samples
+            along the first dimension of the data.
     """
 
     once: frozenset[str]
-    shared: frozenset[str]
+    flipped: frozenset[str]
 
 
-@torch.no_grad()
 def uses(network: nn.Module, inputs: Tensor) -> Uses:
-    """Return how a network uses its parameters, as an evaluation pass shows."""
-    parameters = named_parameters(network)
-    everywhere = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
-    with evaluation_mode(network), _Met(len(inputs)) as met:
-        network(inputs)
-    trained = {id(p) for p in parameters.values()}
-    once = {
-        tensor
-        for weight, bias in met.products
-        if weight in trained
-        and met.counts[weight] == 1
-        and (bias not in trained or met.counts[bias] == 1)
-        for tensor in (weight, bias)
-    }
-    return Uses(
-        frozenset(name for name, p in parameters.items() if id(p) in once),
-        frozenset(name for name, p in parameters.items() if everywhere[id(p)] > 1),
-    )
+    """Return how a network, in the mode that it is in, uses its parameters.
+
+    Args:
+        network: Its buffers and the random numbers are left as they were.
+        inputs: A batch. A dimension is that of the samples if it grows with one sample more.
+
+    Raises:
+        PosteriorError: The network computes activations again in the backward pass.
+    """
+    names = {id(p): name for name, p in named_parameters(network).items()}
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with torch.random.fork_rng():
+        with torch.enable_grad(), _Met(len(inputs)) as met:
+            outputs = network(inputs)
+        with torch.no_grad(), _Met(len(inputs) + 1) as more:
+            network(torch.cat([inputs, inputs[:1]]))
+    for name, buffer in network.named_buffers():
+        buffer.data.copy_(buffers[name])
+    flags = [getattr(m, flag, False) for m in network.modules() for flag in _CHECKPOINTING]
+    if any(flags) or "CheckpointFunctionBackward" in _operations(outputs):
+        raise PosteriorError(
+            "the network computes activations again in the backward pass, where its weights are "
+            "others than were drawn: turn activation checkpointing off"
+        )
+    pairs = list(zip(met.products, more.products, strict=False))
+    once: set[str] = set()
+    flipped: set[str] = set()
+    for weight, name in names.items():
+        own = [(use, other) for use, other in pairs if use.weight == weight]
+        same = len({(use.function, use.bias) for use, _ in own}) == 1
+        if not same or len(own) < met.counts[weight] or not all(a.fits and b.fits for a, b in own):
+            continue
+        use = own[0][0]
+        found = once if use.one_vector and len(own) == 1 else flipped
+        found.add(name)
+        if use.bias in names and met.counts[use.bias] == len(own):
+            found.add(names[use.bias])
+    return Uses(frozenset(once), frozenset(flipped))
+
+
+def _operations(outputs: Any) -> set[str]:
+    """Return the names of the operations that autograd goes back through."""
+    ahead = [leaf.grad_fn for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    seen = set()
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+class _Product(NamedTuple):
+    """A product that was met: tensors by id, and the form of its data.
+
+    Attributes:
+        function: Which.
+        weight: Of which weight.
+        bias: And which bias.
+        fits: Whether the samples are along the first dimension of the data.
+        one_vector: Whether they are one vector each.
+    """
+
+    function: Callable[..., Tensor]
+    weight: int
+    bias: int
+    fits: bool
+    one_vector: bool
 
 
 class _Met(TorchFunctionMode):
-    """Counts how often tensors are met, and notes the linear layers on one vector per sample."""
+    """Counts how often tensors are met, and notes the products among those times."""
 
     def __init__(self, batch: int):
         super().__init__()
         self._batch = batch
         self.counts: Counter[int] = Counter()
-        self.products: list[tuple[int, int]] = []
+        self.products: list[_Product] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         self.counts.update(id(leaf) for leaf in tree_leaves((args, kwargs)))
-        if func is F.linear:
+        if func in _PRODUCTS:
             data, weight, bias, _, _ = _arguments(args, kwargs)
-            if _one_vector_each(data, self._batch):
-                self.products.append((id(weight), id(bias)))
+            fits = _per_sample(func, data, weight, self._batch)
+            vector = func is F.linear and data.dim() == 2
+            self.products.append(_Product(func, id(weight), id(bias), fits, vector))
         return func(*args, **kwargs)
 
 
 class PerSample(TorchFunctionMode):
     """Products of a batch with drawn weights see deviations of their own for every sample.
-
-    Operations whose input does not have the samples in its first dimension use the weights as drawn
-    for the whole batch, as do all that are no products.
 
     Args:
         weights: The distributions of the weights, by name.
@@ -127,7 +178,7 @@ class PerSample(TorchFunctionMode):
                 continue
             centre, deviation = weight.draw()
             self.tensors[name] = centre + deviation
-            if name not in uses.shared:
+            if name in uses.flipped:
                 self._parts[id(self.tensors[name])] = centre, deviation
 
     def __torch_function__(
@@ -139,7 +190,8 @@ class PerSample(TorchFunctionMode):
         data, weight, bias, rest, named = _arguments(args, kwargs)
         own = self._undrawn.get(id(weight))
         mixed = torch.is_autocast_enabled(data.device.type)  # the square root wants full precision
-        if own is not None and _one_vector_each(data, self._batch) and not mixed:
+        per_sample = _per_sample(func, data, weight, self._batch)
+        if own is not None and per_sample and data.dim() == 2 and not mixed:
             undrawn = self._undrawn.get(id(bias))
             output = linear(data, own, undrawn)
             return output if bias is None or undrawn is not None else output + bias
@@ -148,8 +200,7 @@ class PerSample(TorchFunctionMode):
             return func(*args, **kwargs)
         mean, deviation = parts
         of_bias = self._drawn(bias)
-        fits = data.dim() == weight.dim() or (func is F.linear and data.dim() > 1)
-        if len(data) != self._batch or not fits:
+        if not per_sample:
             whole = torch.add(*of_bias) if of_bias else bias
             return func(data, mean + deviation, whole, *rest, **named)
         centre, shift = of_bias or (bias, None)
@@ -178,8 +229,10 @@ def _arguments(
     return named.pop("input"), named.pop("weight"), named.pop("bias", None), args[3:], named
 
 
-def _one_vector_each(data: Tensor, batch: int) -> bool:
-    return data.dim() == 2 and len(data) == batch
+def _per_sample(function: Any, data: Tensor, weight: Tensor, batch: int) -> bool:
+    """Return whether the samples are along the first dimension of a product's data."""
+    whole = data.dim() == weight.dim() or (function is F.linear and data.dim() > 1)
+    return whole and len(data) == batch
 
 
 def _signs(tensor: Tensor, axis: int) -> Tensor:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from spamprune.bayes.curvature.squares import at_least_single
+
 
 class Weight(NamedTuple):
     """The distribution of a parameter tensor: ``γ (μ + σε)``, ``ε ~ N(0, 1)``.
@@ -54,7 +56,10 @@ def linear(inputs: Tensor, weight: Weight, bias: Weight | None = None) -> Tensor
 
 
 def divergence(mean: Tensor, spread: Tensor, mask: Tensor) -> Tensor:
-    """Return ``Σ KL(N(μ, σ²) ‖ N(0, 1))`` over what is not masked, in nats."""
+    """Return ``Σ KL(N(μ, σ²) ‖ N(0, 1))`` over what is not masked, in nats.
+
+    Of half-precision parameters it is float32: eight bits are too few for a sum.
+    """
     return _Divergence.apply(mean, spread, mask)
 
 
@@ -72,6 +77,9 @@ class _Draw(Function):
     @once_differentiable
     def backward(ctx: Any, of_mean: Tensor, of_deviation: Tensor) -> tuple[Tensor | None, ...]:
         *weight, noise = ctx.saved_tensors
+        of_mean, of_deviation = (
+            g.to_dense() if g.is_sparse else g for g in (of_mean, of_deviation)
+        )
         return _Rescaled.of(*weight).gradients(of_mean, of_deviation * noise)
 
 
@@ -147,7 +155,7 @@ class _Divergence(Function):
     @staticmethod
     def forward(ctx: Any, mean: Tensor, spread: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mean, spread, mask)
-        sigma = F.softplus(spread)
+        mean, sigma = at_least_single(mean), F.softplus(at_least_single(spread))
         each = mean.square().addcmul_(sigma, sigma).sub_(1).mul_(0.5).sub_(sigma.log_())
         return each.mul_(mask).sum()
 
@@ -155,6 +163,7 @@ class _Divergence(Function):
     @once_differentiable
     def backward(ctx: Any, of_sum: Tensor) -> tuple[Tensor | None, ...]:
         mean, spread, mask = ctx.saved_tensors
+        spread = at_least_single(spread)
         sigma = F.softplus(spread)
         of_spread = sigma.reciprocal().neg_().add_(sigma).mul_(spread.sigmoid())
         held = of_sum * mask

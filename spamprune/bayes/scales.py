@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spamprune.bayes.curvature.squares import at_least_single
+
 
 def softplus_inverse(value: float) -> float:
     """Return x with ``ln(1 + eˣ) = value``."""
@@ -41,7 +43,7 @@ class Positive(nn.Module):
     def divergence(self) -> Tensor:
         """Return KL(q‖p) in nats, summed."""
         a, b = self.concentration, self.rate
-        m, s = self.location, F.softplus(self.spread)
+        m, s = at_least_single(self.location), F.softplus(at_least_single(self.spread))
         entropy = m + s.log() + 0.5 * (1 + math.log(2 * math.pi))
         density = a * math.log(b) - math.lgamma(a) + (a - 1) * m - b * (m + 0.5 * s.square()).exp()
         return -(entropy + density).sum()

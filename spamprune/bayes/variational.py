@@ -11,6 +11,7 @@ draw its own where it can.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, cast
@@ -49,7 +50,8 @@ class MeanField(nn.Module):
             row too, with heavy tails.
 
     Raises:
-        PosteriorError: There is nothing to train, or the prior is unknown.
+        PosteriorError: There is nothing to train, there are no data, the prior is unknown, or an
+            embedding has something in its row for padding, which is taken to be zero.
     """
 
     def __init__(
@@ -63,17 +65,20 @@ class MeanField(nn.Module):
         kinds = {"gaussian": LayerScale, "horseshoe": Horseshoe}
         if prior not in kinds:
             raise PosteriorError(f"unknown prior {prior!r}: one of {', '.join(kinds)}")
+        if n_data < 1:
+            raise PosteriorError(f"n_data is {n_data}: it is the number of training samples")
         parameters = named_parameters(network)
         if not parameters:
             raise PosteriorError("the network has no trainable parameters: set requires_grad")
         self.network, self.n_data = network, n_data
         self._layers = list(layers(parameters).values())
         self._names = [name for names in self._layers for name in names]
-        self._uses: noise.Uses | None = None
+        self._uses: dict[bool, noise.Uses] = {}  # in training and out of it
         self.scales = nn.ModuleList(
             kinds[prior]([parameters[n].detach() for n in names], last=names is self._layers[-1])
             for names in self._layers
         ).to(next(iter(parameters.values())))
+        padding = _padding(network)
         self.means, self.spreads = nn.ParameterList(), nn.ParameterList()
         with torch.no_grad():
             for name, scale in zip(self._names, self._scales(draw=False), strict=True):
@@ -81,6 +86,8 @@ class MeanField(nn.Module):
                 self.means.append(nn.Parameter((value / scale).contiguous()))
                 self.spreads.append(nn.Parameter(torch.full_like(value, softplus_inverse(_START))))
                 mask = torch.ones_like(value, dtype=torch.bool)
+                if id(parameters[name]) in padding:
+                    mask[padding[id(parameters[name])]] = False
                 self.register_buffer("mask:" + name.replace(".", ":"), mask)
 
     def _mask(self, name: str) -> Tensor:
@@ -119,10 +126,10 @@ class MeanField(nn.Module):
 
     def _drawn(self, inputs: Tensor) -> Tensor:
         """Return the network's outputs under drawn weights."""
-        if self._uses is None:
-            self._uses = noise.uses(self.network, inputs)
-        weights = self._posteriors()
-        with noise.PerSample(weights, self._uses, len(inputs)) as drawn:
+        mode = self.network.training
+        if mode not in self._uses:
+            self._uses[mode] = noise.uses(self.network, inputs)
+        with noise.PerSample(self._posteriors(), self._uses[mode], len(inputs)) as drawn:
             return call_with(self.network, drawn.tensors, inputs)
 
     def divergence(self) -> Tensor:
@@ -143,6 +150,14 @@ class MeanField(nn.Module):
             name: -sigma.log() - 0.5 * (mean / sigma).square()
             for name, mean, spread in zip(self._names, self.means, self.spreads, strict=True)
             for sigma in [F.softplus(spread.double())]
+        }
+
+    @torch.no_grad()
+    def opd(self) -> dict[str, Tensor]:
+        """Return ``P θ² = (μ/σ)²`` by name, which no scale changes."""
+        return {
+            name: (mean / F.softplus(spread.double())).square()
+            for name, mean, spread in zip(self._names, self.means, self.spreads, strict=True)
         }
 
     def mean_log_precision(self) -> list[float]:
@@ -275,3 +290,28 @@ class MeanField(nn.Module):
         loss = -bound - self.divergence().item()
         curvature = Curvature(diag, loss, self.n_data, "variational", "mean-field")
         return Posterior(curvature, prior, 1.0, bound)
+
+
+def _padding(network: nn.Module) -> dict[int, int]:
+    """Return the rows of embeddings that gradients never reach, by the id of the weight.
+
+    Nothing would hold what is drawn for them. A weight that another module uses too is not meant.
+
+    Raises:
+        PosteriorError: Such a row is not zero, as which it would count.
+    """
+    found = {}
+    held = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
+    for name, module in network.named_modules():
+        if (
+            isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            and module.padding_idx is not None
+            and held[id(module.weight)] == 1
+        ):
+            if module.weight[module.padding_idx].any():
+                raise PosteriorError(
+                    f"{name}: the row for padding is not zero: set it to zero, or set padding_idx "
+                    "to None"
+                )
+            found[id(module.weight)] = module.padding_idx
+    return found

@@ -1,12 +1,17 @@
 """Which weights are drawn how, and that each way samples see weights of the posterior."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from spamprune.bayes import noise
+from spamprune.bayes.scales import softplus_inverse
 from spamprune.bayes.variational import MeanField
+from spamprune.errors import PosteriorError
+from spamprune.modules import call_with
 from tests.bayes.cases import case
 
 
@@ -51,7 +56,7 @@ def names(model, inputs):
 def test_weights_met_once_by_one_vector_of_each_sample():
     assert names(_Linear(), torch.randn(4, 3)) == {"weight", "bias"}
     assert names(_Linear(), torch.randn(4, 5, 3)) == set()
-    assert names(_Twice(), torch.randn(4, 3)) == set()
+    assert names(_Twice(), torch.randn(4, 3)) == {"weight"}  # its bias is drawn for the batch
     assert names(_Mixed(), torch.randn(4, 3, 6)) == {"head.weight", "head.bias"}
     assert names(nn.Linear(3, 2, bias=False), torch.randn(4, 3)) == {"weight"}
     # one vector for several samples together, or several for each
@@ -63,8 +68,136 @@ def test_called_twice_and_tied():
     assert names(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(4, 3)) == set()
     model, inputs, _ = case("tied embedding")
     found = noise.uses(model, inputs)
-    assert found.shared
-    assert not found.shared & found.once
+    assert not found.once
+    assert not found.flipped
+
+
+class _Autoencoder(nn.Module):
+    """One weight there and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 4))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.weight), self.weight.mT)
+
+
+class _Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        return F.conv_transpose2d(self.conv(x), self.conv.weight, padding=1)
+
+
+class _Pairs(nn.Module):
+    """A module called on a batch, and on two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        both = self.layer(torch.cat([x, -x]))
+        return self.layer(x) + both[: len(x)] * both[len(x) :]
+
+
+class _Prototypes(nn.Module):
+    """A layer on as many rows as there happen to be samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.of_classes = nn.Linear(3, 3), nn.Linear(2, 3)
+        self.register_buffer("classes", torch.ones(4, 2))
+
+    def forward(self, x):
+        return self.features(x) @ self.of_classes(self.classes).mT
+
+
+class _SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x.transpose(0, 1))).mean(0))
+
+
+class _ManyHeads(nn.Module):
+    """A head that training calls several times, evaluation once."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        times = 3 if self.training else 1
+        return sum(self.head(F.dropout(x, 0.01, self.training)) for _ in range(times)) / times
+
+
+#: The network, the shape of a sample, what is met once and what flips. Batches have four samples.
+REUSED = {
+    "there and back": (_Autoencoder, (4,), set(), set()),
+    "convolution there and back": (_Convolutional, (1, 3, 3), set(), set()),
+    "pairs": (_Pairs, (3,), set(), set()),
+    "prototypes": (_Prototypes, (3,), {"features.weight", "features.bias"}, set()),
+    "as many tokens as samples": (_SequenceFirst, (4, 3), {"head.weight", "head.bias"}, set()),
+    "many heads": (_ManyHeads, (3,), set(), {"head.weight", "head.bias"}),
+}
+
+
+@pytest.mark.parametrize("name", REUSED)
+def test_a_weight_is_one_weight_for_a_sample(name):
+    """Moments of one sample's outputs, against weights drawn for all."""
+    build, shape, once, flipped = REUSED[name]
+    torch.manual_seed(0)
+    field = MeanField(build().double(), 10).double()
+    with torch.no_grad():
+        for spread in field.spreads:
+            spread.fill_(softplus_inverse(0.7))
+    inputs = torch.randn(4, *shape, dtype=torch.float64)
+    found = noise.uses(field.network, inputs)
+    assert (found.once, found.flipped) == (once, flipped)
+
+    def moments(draw):
+        with torch.no_grad():
+            outputs = torch.stack([draw().flatten(1)[0] for _ in range(3000)])
+        return outputs.mean(0), torch.cov(outputs.mT)
+
+    assert field(inputs).shape == field.eval()(inputs).shape
+    field.train()
+    mean, covariance = moments(lambda: field(inputs))
+    expected = moments(lambda: call_with(field.network, field.draw(), inputs))
+    size = expected[1].diagonal().max().item()
+    torch.testing.assert_close(mean, expected[0], rtol=0, atol=0.1 * size**0.5)
+    torch.testing.assert_close(covariance, expected[1], rtol=0, atol=0.15 * size)
+
+
+def test_many_heads_are_one_in_evaluation():
+    assert names(_ManyHeads().eval(), torch.randn(4, 3)) == {"head.weight", "head.bias"}
+
+
+class _Recomputed(nn.Module):
+    def __init__(self, **how):
+        super().__init__()
+        self.body, self.layer, self.how = nn.Linear(3, 3), nn.Linear(3, 2), how
+
+    def forward(self, x):
+        return checkpoint(self.layer, self.body(x), **self.how)
+
+
+def test_activation_checkpointing_is_refused():
+    """The weights that backward passes would compute with are gone by then."""
+    flagged = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=6, num_heads=1
+    )
+    flagged.set_grad_checkpointing()
+    for model, shape in ((_Recomputed(use_reentrant=True), (3,)), (flagged, (3, 32, 32))):
+        field = MeanField(model, 4)
+        with pytest.raises(PosteriorError, match="checkpointing off"):
+            field(torch.randn(2, *shape))
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])

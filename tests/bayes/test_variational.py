@@ -191,6 +191,8 @@ def test_each_sample_sees_weights_of_the_posterior(name):
 @pytest.mark.parametrize("name", CASES)
 def test_any_network_can_be_drawn_and_trained(name):
     model, inputs, targets = case(name)
+    if name == "embedding with padding":
+        model.body.weight.data[2] = 0
     field = field_of(model, n_data=len(inputs))
     with torch.no_grad():
         for spread in field.spreads:
@@ -443,3 +445,62 @@ def test_log_precisions_are_those_of_the_posterior():
     found = field.posterior([batch()])
     expected = [delta.log().mean().item() for delta in found.prior_precision.values()]
     assert field.mean_log_precision() == pytest.approx(expected)
+
+
+def test_opd_is_that_of_the_posterior():
+    field = field_of(network())
+    posterior = field.posterior([batch()])
+    expected = scores.opd(field.network, posterior)
+    found = field.opd()
+    for name, spread in zip(found, field.spreads, strict=True):
+        narrow = F.softplus(spread) < 1  # wider than the prior counts as the prior
+        torch.testing.assert_close(found[name][narrow], expected[name][narrow].double())
+
+
+class _Bag(nn.Module):
+    """A sum over tokens, of which zero is for padding."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.table, self.head = nn.Embedding(5, 3, padding_idx=0, **kwargs), nn.Linear(3, 2)
+
+    def forward(self, tokens):
+        return self.head(self.table(tokens).sum(1))
+
+
+def test_padding_is_zero_in_every_draw():
+    """No gradient reaches that row: its spread would grow to the prior's."""
+    field = MeanField(_Bag(), 4)
+    assert (~field.masks()["table.weight"]).nonzero().tolist() == [[0, 0], [0, 1], [0, 2]]
+    assert not field.draw()["table.weight"][0].any()
+    model = _Bag()
+    with torch.no_grad():
+        model.table.weight[0] = 1.0
+    with pytest.raises(PosteriorError, match="row for padding"):
+        MeanField(model, 4)
+    tied, *_ = case("tied embedding")
+    assert all(mask.all() for mask in MeanField(tied, 4).masks().values())
+
+
+def test_sparse_gradients():
+    """Of embeddings: as dense ones."""
+    grads = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        field = MeanField(_Bag(sparse=sparse), 4)
+        torch.manual_seed(1)
+        field(torch.tensor([[1, 0], [2, 3]])).square().sum().backward()
+        grads.append([p.grad for p in (*field.means, *field.spreads)])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_half_precision_divergences_are_summed_in_single(prior):
+    torch.manual_seed(0)
+    field = MeanField(nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 10)), 40, prior=prior)
+    field.bfloat16()
+    found, expected = field.divergence(), copy.deepcopy(field).double().divergence()
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+    found.backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in field.means)
