@@ -2,22 +2,23 @@
 
 ``python benchmarks/published.py TABLE COMPARISON.csv``, where TABLE is 1, 2, 3 or 4 and the CSV is
 what ``spamprune compare`` leaves. Our rows are those of the same criterion, Hessian and prior, on
-whatever data and network the runs were.
+whatever data and network the runs were: each names its data, network, training and experiment.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 PUBLISHED = Path(__file__).parent / "published" / "spam_tables_1_to_4.csv"
 METRICS = {"acc": ("accuracy", 1), "nll": ("nll", 2)}  # the paper's name → ours, digits shown
+_NAMES = ("dataset", "model", "training", "experiment")  # what tells our rows apart
 _PRIORS = {"SpaM param-wise": "parameterwise", "parameter-wise": "parameterwise"}
 
 Row = tuple[str, str, str]  # criterion, Hessian, prior
-Numbers = dict[Row, dict[str, str]]  # → sparsity in percent → value and error
+Numbers = dict[Row, dict[str, dict[str, str]]]  # → whose → sparsity in percent → value and error
 
 
 def published(table: str) -> tuple[Numbers, str, str]:
@@ -26,7 +27,7 @@ def published(table: str) -> tuple[Numbers, str, str]:
         lines = [line for line in csv.DictReader(file) if line["table"] == table]
     metric = lines[0]["metric"]
     title = f"Table {table}: {lines[0]['model']}, {lines[0]['dataset']}, {metric}"
-    return _numbers(lines, METRICS[metric][1]), title, metric
+    return _numbers(lines, METRICS[metric][1], lambda _: "paper"), title, metric
 
 
 def ours(path: Path, metric: str) -> Numbers:
@@ -40,10 +41,13 @@ def ours(path: Path, metric: str) -> Numbers:
                 if (line["kind"], line["stage"], line["metric"]) == ("unstructured", "pruned", name)
             ),
             digits,
+            lambda line: ", ".join(line[column] for column in _NAMES),
         )
 
 
-def _numbers(lines: Iterable[dict[str, str]], digits: int) -> Numbers:
+def _numbers(
+    lines: Iterable[dict[str, str]], digits: int, whose: Callable[[dict[str, str]], str]
+) -> Numbers:
     found: Numbers = {}
     for line in lines:
         prior = _PRIORS.get(line["prior"], line["prior"])
@@ -51,7 +55,7 @@ def _numbers(lines: Iterable[dict[str, str]], digits: int) -> Numbers:
         error = f" ± {float(line['err']):.{digits}f}" if line["err"] else ""
         text = f"{float(line['value']):.{digits}f}{error}"
         row = (line["criterion"].lower(), hessian, prior)
-        found.setdefault(row, {})[line["sparsity_pct"]] = text
+        found.setdefault(row, {}).setdefault(whose(line), {})[line["sparsity_pct"]] = text
     return found
 
 
@@ -59,12 +63,12 @@ def print_table(table: str, path: Path) -> None:
     """Print the table as Markdown, our rows under the paper's."""
     theirs, title, metric = published(table)
     here = ours(path, metric)
-    sparsities = sorted({s for numbers in theirs.values() for s in numbers}, key=float)
+    sparsities = sorted({s for row in theirs.values() for s in row["paper"]}, key=float)
     print(f"{title}; ours: {path}\n")
     head = ["Criterion", "Hessian", "Prior", "", *(f"{s} %" for s in sparsities)]
     rows = [head, ["---"] * len(head)]
-    for row, numbers in theirs.items():
-        for whose, values in (("paper", numbers), ("ours", here.get(row, {}))):
+    for row, paper in theirs.items():
+        for whose, values in {**paper, **here.get(row, {"ours": {}})}.items():
             rows.append([*row, whose, *(values.get(s, "–") for s in sparsities)])
     for cells in rows:
         print("| " + " | ".join(cells) + " |")

@@ -8,7 +8,7 @@ from torch import nn
 
 from spamprune.artifact.format import Config, Preprocessing, slots
 
-_BUILT, _SAVED = "dense", "saved"  # columns of the table of figures
+_BUILT, _SAVED = "as built", "saved"  # columns of the table of figures
 
 
 def card(config: Config, model: nn.Module, built: nn.Module | None) -> str:
@@ -34,8 +34,9 @@ def card(config: Config, model: nn.Module, built: nn.Module | None) -> str:
 def _metadata(config: Config) -> str:
     from huggingface_hub import ModelCardData
 
-    task = None  # unknown for a class of the maker's
-    if config.architecture is not None and config.num_classes is not None:
+    task = None  # unknown for a class of the maker's, and where inputs may be no images
+    known = config.architecture is not None and config.preprocessing is not None
+    if known and config.num_classes is not None:
         task = "image-classification" if config.num_classes else "image-feature-extraction"
     data = ModelCardData(
         library_name=config.library_name,
@@ -59,7 +60,9 @@ def _summary(config: Config, model: nn.Module, built: nn.Module | None) -> str:
     if config.num_classes:
         text += f" for {config.num_classes} classes"
     if built is not None:
-        text += f" with {_entries(model) / max(_entries(built), 1):.1%} of its parameters"
+        before = _entries(built)
+        text += f" with {_entries(model) / max(before, 1):.1%} of the {before:,} parameters it "
+        text += "was built with"
     return f"{text}, saved with spamprune {config.versions['spamprune']}."
 
 

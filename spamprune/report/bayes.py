@@ -106,7 +106,7 @@ def evidence_table(results: Results, experiment: int) -> Table:
         "Sparsity / %",
         "Just pruned / %",
         *(["Fine-tuned / %"] if tuned else []),
-        "Unpruned / %",
+        "As trained / %",
         "Determined weights",
         "Log evidence before / nats",
         "after",

@@ -5,12 +5,20 @@ from __future__ import annotations
 import csv
 import io
 
-from spamprune.report.cuts import Cut, during
+from spamprune.report.cuts import Cut
 from spamprune.report.formats import target
 from spamprune.report.merge import Measured, Merged, measured
 from spamprune.report.plots import METRICS
 from spamprune.report.results import Cell, Masked, OnlineCut, Patterned, Quality, Size
-from spamprune.report.summary import COST_FIELDS, STAGES, criterion_of, overshot, spread, trainings
+from spamprune.report.summary import (
+    COST_FIELDS,
+    STAGES,
+    criterion_of,
+    during,
+    overshot,
+    spread,
+    trainings,
+)
 
 _COLUMNS = (
     *("dataset", "model", "training", "method", "hessian", "prior", "kind", "experiment"),
@@ -70,7 +78,7 @@ def _note_pruned(lines: _Lines, record: Measured, origin: str) -> None:
     key: _Key = {"kind": record.kind, "experiment": origin, "criterion": record.criterion}
     if isinstance(record, Masked) and record.chosen is not None:
         key["target"] = "evidence"
-        _note(lines, {**key, "metric": "sparsity"}, record.achieved)
+        _note(lines, {**key, "metric": "sparsity_pct"}, 100 * record.achieved)
     elif isinstance(record, Masked):
         key |= {"sparsity_pct": _percent(record.requested), _EXACT: record.requested}
     elif isinstance(record, Patterned):

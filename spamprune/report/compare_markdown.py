@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from spamprune.report import bayes, tables
-from spamprune.report.cuts import during, gradual_steps, online_steps
+from spamprune.report.cuts import gradual_steps, online_steps
 from spamprune.report.formats import DIGITS, count, plus_minus, target
 from spamprune.report.merge import Merged
 from spamprune.report.patterns import Pattern, patterns
@@ -17,6 +17,7 @@ from spamprune.report.summary import (
     Stage,
     cost,
     dense,
+    during,
     families,
     masked_series,
     masked_stages,
@@ -186,4 +187,4 @@ def _patterns_table(merged: Merged, shown: Sequence[Pattern]) -> Table:
             for p, *column in zip(group, *columns, strict=True)
         ]
     head = [*map(Text, ("Pattern", "Criterion")), *_heads(merged)]
-    return Table([*head, "Zero weights / %", "Unpruned", "Just pruned", "Fine-tuned"], rows)
+    return Table([*head, "Zero weights / %", "As trained", "Just pruned", "Fine-tuned"], rows)

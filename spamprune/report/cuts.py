@@ -11,7 +11,7 @@ from spamprune.report.summary import (
     masked_series,
     spread,
     spread_of,
-    trainings,
+    trained_whole,
     unstructured_experiments,
 )
 
@@ -58,17 +58,12 @@ def post_hoc(results: Results) -> dict[str, dict[float, list[Quality]]]:
         Training → sparsity → one measurement per seed.
     """
     criteria = {cut.criterion for cell in results.cells for cut in cell.online}
-    whole = {name for name, cells in trainings(results).items() if not during(cells)}
+    whole = trained_whole(results)
     series: dict[str, dict[float, list[Quality]]] = {}
-    for experiment in unstructured_experiments(results):
-        for (training, criterion), points in masked_series(results, experiment, "pruned").items():
-            if training in whole and criterion in criteria:
+    for experiment in unstructured_experiments(whole):
+        for (training, criterion), points in masked_series(whole, experiment, "pruned").items():
+            if criterion in criteria:
                 name = training if len(criteria) == 1 else f"{training}, {criterion}"
                 # experiments differ in method: at each sparsity the first of them counts
                 series[name] = dict(sorted((points | series.get(name, {})).items()))
     return series
-
-
-def during(cells: Sequence[Cell]) -> bool:
-    """Return whether networks were pruned while they were trained."""
-    return any(cell.online or cell.gradual or cell.artifact for cell in cells)

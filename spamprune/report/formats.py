@@ -44,5 +44,10 @@ def target(values: dict[str, float]) -> str:
     """Return a target such as "10 % of MACs"."""
     if "evidence" in values:
         return "most evidence"
-    names = {"macs": "% of MACs", "params": "% of params", "ratio": "% of units removed"}
+    names = {
+        "macs": "% of MACs",
+        "params": "% of params",
+        "bytes": "% of bytes",
+        "ratio": "% of units removed",
+    }
     return ", ".join(f"{100 * v:.6g} {names.get(k, k)}" for k, v in values.items())

@@ -15,8 +15,8 @@ from spamprune.bayes.posterior import load_posterior
 from spamprune.errors import OutputError
 from spamprune.files import write_text
 from spamprune.report import bayes, panels, tables
-from spamprune.report.cuts import during, gradual_steps, online_steps
-from spamprune.report.patterns import NOTE, patterns
+from spamprune.report.cuts import gradual_steps, online_steps
+from spamprune.report.patterns import note, patterns
 from spamprune.report.plots import METRICS, cost_accuracy, sparsity_curves, training_curves
 from spamprune.report.results import Results, read_results
 from spamprune.report.schedules import gradual_curves, online_curves
@@ -28,9 +28,11 @@ from spamprune.report.summary import (
     best_sparsity,
     by_evidence,
     dense,
+    during,
     families,
     masked_stages,
     spread,
+    trained_whole,
     trainings,
     unstructured_experiments,
 )
@@ -128,12 +130,12 @@ def _head(results: Results) -> str:
         f"{seeds} seed{'s' * (seeds > 1)} each on {results.data.get('name', 'the data')}, in "
         f"{took} of training."
     ]
-    whole = [name for name, group in cells.items() if not during(group)]
-    best_name = max(whole or cells, key=lambda name: dense(cells[name], "accuracy").mean)
+    whole = trained_whole(results)
+    best_name = max(trainings(whole) or cells, key=lambda name: dense(cells[name], "accuracy").mean)
     accuracy = dense(cells[best_name], "accuracy")
-    label = "accuracy unpruned" if whole else "accuracy"
+    label = "accuracy unpruned" if whole.cells else "accuracy"
     cards = [(f"{accuracy.mean:.1f} %", label, best_name)]
-    sparsest = best_sparsity(results)
+    sparsest = best_sparsity(whole)
     if sparsest is not None:
         how = "after fine-tuning" if sparsest.finetuned else "without fine-tuning"
         sentences.append(
@@ -143,9 +145,9 @@ def _head(results: Results) -> str:
         )
         what = f"{sparsest.training}, {sparsest.criterion}, {how}"
         cards.append((f"{100 * sparsest.sparsity:.4g} %", "weights set to zero", what))
-    elif any(masked_stages(results, e) for e in unstructured_experiments(results)):
+    elif any(masked_stages(whole, e) for e in unstructured_experiments(whole)):
         sentences.append(f"No mask stays within {TOLERANCE:g} point of the unpruned network.")
-    smallest = best_family(families(results))
+    smallest = best_family(families(whole))
     if smallest is not None:
         ratios = {field: f"{smallest.saving(field):.1f}×" for field in ("bytes", "macs")}
         final, before = smallest.final_accuracy().mean, smallest.dense_accuracy().mean
@@ -156,16 +158,16 @@ def _head(results: Results) -> str:
         )
         cards.append((ratios["bytes"], "fewer bytes", f"{what}: {final:.1f} %"))
         cards.append((ratios["macs"], "fewer MACs", f"{what}: {final:.1f} %"))
-    elif families(results):
+    elif families(whole):
         sentences.append(
             f"No smaller network stays within {TOLERANCE:g} point of the unpruned one."
         )
     note = ""
     if sparsest is not None or smallest is not None:
         note = (
-            '<p class="soft">Headlines are the smallest networks that lose at most '
-            f"{TOLERANCE:g} point of mean test accuracy. They were picked by that accuracy, so "
-            "they flatter a little: the tables show all.</p>\n"
+            '<p class="soft">Headlines are the smallest networks pruned after training that lose '
+            f"at most {TOLERANCE:g} point of mean test accuracy. They were picked by that "
+            "accuracy, so they flatter a little: the tables show all.</p>\n"
         )
     drawn = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span>'
@@ -207,7 +209,7 @@ def _unstructured(results: Results, experiment: int) -> _Section:
         stars = ", stars the sparsity of most evidence" if chosen else ""
         caption = (
             f"Quality on the test data against sparsity, {words}. {_BAND} The sparsity axis is "
-            "logarithmic in the weights that remain; dashed lines without markers are unpruned"
+            "logarithmic in the weights that remain; dashed lines without markers are as trained"
             f"{stars}."
         )
         svg = sparsity_curves(results, experiment, stage)
@@ -231,7 +233,7 @@ def _unstructured(results: Results, experiment: int) -> _Section:
 
 def _semi_structured(results: Results, experiment: int) -> _Section:
     shown = [pattern for pattern in patterns(results) if pattern.experiment == experiment]
-    content = tables.patterns_table(shown).html() + f'<p class="soft">{escape(NOTE)}</p>\n'
+    content = tables.patterns_table(shown).html() + f'<p class="soft">{escape(note(shown))}</p>\n'
     return f"Semi-structured pruning (prune.{experiment})", [], content
 
 
@@ -332,7 +334,7 @@ def _appendix(folder: Path, results: Results) -> str:
     parts = []
     shown = families(results)
     if shown:
-        best = best_family(shown) or shown[-1]
+        best = best_family(families(trained_whole(results))) or shown[-1]
         code = (
             "import spamprune as sp\n\n"
             f"model = sp.load({best.members[0][1].artifact!r})  # a torch.nn.Module, in this "

@@ -23,7 +23,7 @@ from spamprune.report.style import (
 from spamprune.report.summary import Stage, dense, masked_series, spread_of, trainings
 
 _COLUMNS = 3
-_UNPRUNED: dict[str, Any] = {"lw": 1, "ls": (0, (4, 3))}
+_AS_TRAINED: dict[str, Any] = {"lw": 1, "ls": (0, (4, 3))}
 _STAGES: dict[Stage, dict[str, Any]] = {
     "pruned": {"mfc": "white", "ls": ":", "lw": 0.9},
     "finetuned": {"ls": "-"},
@@ -52,13 +52,13 @@ def training_panels(results: Results, experiment: int) -> Figure:
     for criterion, axes in panels.items():
         for name in names:
             level = dense(cells[name], "accuracy").mean
-            axes.axhline(level, color=colours[name], zorder=1, **_UNPRUNED)
+            axes.axhline(level, color=colours[name], zorder=1, **_AS_TRAINED)
             points = series.get((name, criterion), {})
             spreads = [spread_of(qualities, "accuracy") for qualities in points.values()]
             line(axes, [1 - s for s in points], spreads, colours[name], {"marker": "o", "ms": 3})
         sparsity_axis(axes, {s for points in series.values() for s in points}, 0.11)
     handles = [entry(name, color=colours[name], lw=3, ls="-") for name in names]
-    legend(figure, [*handles, entry("unpruned", color=GREY, **_UNPRUNED)])
+    legend(figure, [*handles, entry("as trained", color=GREY, **_AS_TRAINED)])
     return figure
 
 
@@ -71,7 +71,7 @@ def finetuning_panels(results: Results, experiment: int) -> Figure:
     colours, markers = criterion_colours(criteria), criterion_markers(criteria)
     figure, panels = _grid(training for training, _ in series)
     for name, axes in panels.items():
-        axes.axhline(dense(cells[name], "accuracy").mean, color=INK, zorder=1, **_UNPRUNED)
+        axes.axhline(dense(cells[name], "accuracy").mean, color=INK, zorder=1, **_AS_TRAINED)
         for stage, look in _STAGES.items():
             for criterion in criteria:
                 points = stages[stage].get((name, criterion), {})
@@ -83,7 +83,7 @@ def finetuning_panels(results: Results, experiment: int) -> Figure:
     handles += [
         entry("just pruned", marker="o", **_STAGES["pruned"]),
         entry("fine-tuned", marker="o", **_STAGES["finetuned"]),
-        entry("unpruned", color=GREY, **_UNPRUNED),
+        entry("as trained", color=GREY, **_AS_TRAINED),
     ]
     legend(figure, handles)
     return figure

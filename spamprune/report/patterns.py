@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from spamprune.report.results import Cell, Patterned, Quality, Results
 from spamprune.report.summary import Spread, Stage, spread, spread_of
 
-NOTE = (
-    "Latency is of the forward pass in half precision with torch's compressed weights, against the "
-    "same with plain ones; a dash means that nothing was compressed: torch computes with 2:4 on "
-    "NVIDIA GPUs only. Elsewhere zeros in a pattern save neither time nor memory, only bytes once "
-    "a file is compressed."
+_TIMED = (
+    "Speed-up is of the forward pass in half precision with torch's compressed weights, against "
+    "the same with plain ones; a dash means that nothing was compressed. "
+)
+_NOTE = (
+    "Torch computes with 2:4 on NVIDIA GPUs only. Elsewhere zeros in a pattern save neither time "
+    "nor memory, only bytes once a file is compressed."
 )
 
 
@@ -67,6 +69,11 @@ def patterns(results: Results) -> list[Pattern]:
             key = (p.experiment, cell.training, p.criterion, p.pattern)
             groups.setdefault(key, Pattern(*key)).members.append((cell, p))
     return sorted(groups.values(), key=lambda pattern: pattern.experiment)
+
+
+def note(shown: Iterable[Pattern]) -> str:
+    """Return what a reader of the table must know."""
+    return _TIMED + _NOTE if batches(shown) else _NOTE
 
 
 def batches(shown: Iterable[Pattern]) -> list[int]:

@@ -47,6 +47,7 @@ from spamprune.report.summary import (
     masked_series,
     spread,
     spread_of,
+    trained_whole,
     trainings,
 )
 
@@ -126,7 +127,7 @@ def sparsity_curves(results: Results, experiment: int, stage: Stage) -> Figure:
             handles.append(entry(criterion, color=INK if shared else colours[criterion], **look))
     if found:
         handles.append(entry("most evidence", marker="*", ms=10))
-    handles.append(entry("unpruned", color=GREY, lw=1, ls=(0, (4, 3))))
+    handles.append(entry("as trained", color=GREY, lw=1, ls=(0, (4, 3))))
     legend(figure, handles)
     return figure
 
@@ -181,7 +182,8 @@ def cost_accuracy(results: Results, experiment: int) -> Figure:
     by_training = len(cells) > 1
     colours = training_colours(results) if by_training else criterion_colours(criteria)
     markers = criterion_markers(criteria)
-    best = best_family(shown)
+    whole = families(trained_whole(results))
+    best = best_family([family for family in whole if family.experiment == experiment])
     figure = Figure(figsize=(9.6, 4.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (field, (noun, label, unit)) in zip(panels, COSTS.items(), strict=True):
@@ -220,7 +222,7 @@ def cost_accuracy(results: Results, experiment: int) -> Figure:
     handles.append(entry("just pruned", marker=marker, mfc="white"))
     if any(family.accuracy("scratch") for family in shown):
         handles.append(entry("trained from scratch", marker="x", mew=1.6))
-    handles.append(entry("unpruned", marker="*", ms=10))
+    handles.append(entry("as trained", marker="*", ms=10))
     legend(figure, handles)
     return figure
 

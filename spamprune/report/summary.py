@@ -52,8 +52,19 @@ def trainings(results: Results) -> dict[str, list[Cell]]:
     return groups
 
 
+def during(cells: Sequence[Cell]) -> bool:
+    """Return whether networks were pruned while they were trained."""
+    return any(cell.online or cell.gradual or cell.artifact for cell in cells)
+
+
+def trained_whole(results: Results) -> Results:
+    """Return the results of those trainings that pruned nothing."""
+    cells = [c for group in trainings(results).values() if not during(group) for c in group]
+    return results.model_copy(update={"cells": cells})
+
+
 def dense(cells: Sequence[Cell], metric: str) -> Spread:
-    """Return the spread of one field of the unpruned networks' quality."""
+    """Return the spread of one field of the trained networks' quality."""
     return spread_of([cell.dense for cell in cells], metric)
 
 
@@ -148,10 +159,8 @@ class Family:
         return cost([pruned for _, pruned in self.members], field)
 
     def saving(self, field: str) -> float:
-        """Return how many times smaller a field of the size became, on average."""
-        return spread(
-            getattr(cell.size, field) / getattr(pruned.size, field) for cell, pruned in self.members
-        ).mean
+        """Return how many times smaller the average of a field of the size became."""
+        return cost([cell for cell, _ in self.members], field) / self.cost(field)
 
 
 def criterion_of(record: Compacted) -> str:

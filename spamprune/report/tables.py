@@ -47,7 +47,7 @@ def _batches(results: Results) -> list[int]:
 
 
 def dense_table(results: Results) -> Table:
-    """Return the table of the unpruned networks: quality, evidence and cost of each training."""
+    """Return the table of the trained networks: quality, evidence and cost of each training."""
     batches = _batches(results)
     head: list[Entry] = [
         Text("Training"),
@@ -199,7 +199,7 @@ def patterns_table(shown: Sequence[Pattern]) -> Table:
         Text("Criterion"),
         Text("Pattern"),
         "Zero weights / %",
-        "Unpruned / %",
+        "As trained / %",
         "Just pruned / %",
         "Fine-tuned / %",
         *(f"Speed-up on the GPU, batch {batch}" for batch in timed),

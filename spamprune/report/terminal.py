@@ -109,9 +109,8 @@ def _structured(results: Results) -> list[Table]:
     made: dict[int, Rows] = {}
     for family in families(results):
         rows = made.setdefault(family.experiment, {})
-        target = " ".join(f"{field} {value:g}" for field, value in family.target.items())
         row = rows.setdefault((family.training, family.criterion), {})
-        row[target] = f"{family.final_accuracy().mean:.1f}"
+        row[target(family.target)] = f"{family.final_accuracy().mean:.1f}"
     return [
         _experiment(f"prune.{experiment}: mean accuracy after removing units", rows)
         for experiment, rows in made.items()

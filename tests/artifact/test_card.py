@@ -39,16 +39,25 @@ def test_pruned_network(tmp_path: Path) -> None:
     }
     before = sum(p.numel() for p in create("test_resnet", num_classes=5).parameters())
     after = sum(p.numel() for p in model.parameters())
-    assert f"with {after / before:.1%} of its parameters" in text
-    assert "|  | dense | pruned | saved |" in text
-    assert f"| parameters | {before:,} |  | {after:,} |" in text
-    assert r"| accuracy \| top 1 | 93.46 | 92.5 |  |" in text
-    assert "| macs |  |  | 1,000,000,000 |" in text
+    assert f"with {after / before:.1%} of the {before:,} parameters it was built with" in text
+    assert "|  | as built | dense | pruned | saved |" in text
+    assert f"| parameters | {before:,} |  |  | {after:,} |" in text
+    assert r"| accuracy \| top 1 |  | 93.46 | 92.5 |  |" in text
+    assert "| macs |  |  |  | 1,000,000,000 |" in text
+    assert "| tensor | as built | saved |" in text
     assert "- criterion: opd" in text
     assert "plan" not in text
     assert "| `conv1.0.weight` | 16 × 3 × 3 × 3 | 8 × 3 × 3 × 3 |" in text
     assert "sp.load(" in text
     assert "160 × 160 pixels, 3 channels" in text
+
+
+def test_a_network_of_measurements_is_not_said_to_classify_images(tmp_path: Path) -> None:
+    metadata, _ = read_card(save(create("fc_cancer"), tmp_path / "net"))
+    assert "pipeline_tag" not in metadata
+    images = {"input_size": (1, 5, 6), "mean": [0.5], "std": [0.5]}
+    metadata, _ = read_card(save(create("lenet"), tmp_path / "lenet", preprocessing=images))
+    assert metadata["pipeline_tag"] == "image-classification"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.9])

@@ -1,5 +1,6 @@
 """What inference and evidence found, as tables, and as a star in the figure."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def test_the_table_of_choices(results, chosen):
     table = bayes.evidence_table(found, 0).html()
     for words in ("1,234", "−900", "−800", "fc 93, head 0", "evidence: look twice", "80.0"):
         assert words in table
+    assert "As trained" in table
     assert not bayes.evidence_table(results, 0).rows
 
 
@@ -99,6 +101,9 @@ def test_a_comparison_has_the_choices_and_inference(results, chosen, make_run, t
     assert "## Sparsity of most evidence (`prune.0 of run`)" in text
     assert "fc 93, head 0" in text
     assert "averaged, 20 draws" in text
+    with (tmp_path / "out" / "comparison.csv").open(encoding="utf-8", newline="") as file:
+        (line,) = [line for line in csv.DictReader(file) if line["metric"] == "sparsity_pct"]
+    assert float(line["value"]) == pytest.approx(82.5)
 
 
 def test_tables_of_inference(results):
@@ -137,8 +142,10 @@ def test_units_by_evidence_are_told_in_nats(results):
         for cell in results.cells
     ]
     experiment = next(r.experiment for cell in results.cells for r in cell.compacted)
-    table = compacted_table(results.model_copy(update={"cells": cells}), experiment).html()
-    assert "most evidence → +321 nats" in table
+    found = results.model_copy(update={"cells": cells})
+    assert "most evidence → +321 nats" in compacted_table(found, experiment).html()
+    heads = [str(column.header) for column in terminal.tables(found)[-1].columns]
+    assert heads[2:] == ["most evidence"]
 
 
 def test_the_terminal_shows_what_the_evidence_chose(chosen):

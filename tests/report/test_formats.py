@@ -16,6 +16,7 @@ def test_numbers() -> None:
 def test_targets() -> None:
     assert target({"macs": 0.1, "params": 0.0664}) == "10 % of MACs, 6.64 % of params"
     assert target({"params": 0.3001}) == "30.01 % of params"
+    assert target({"bytes": 0.4}) == "40 % of bytes"
     assert target({"evidence": 1.0}) == "most evidence"
 
 

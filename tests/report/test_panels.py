@@ -28,13 +28,13 @@ def test_what_is_drawn(
 
 def test_trainings_side_by_side(make_results: Callable[..., Results]) -> None:
     drawn = training_panels(make_results(GRID, criteria=CRITERIA), 0)
-    assert {*GRID, *CRITERIA, "unpruned", "99"} <= words_in(drawn)
+    assert {*GRID, *CRITERIA, "as trained", "99"} <= words_in(drawn)
 
 
 def test_before_and_after_fine_tuning(make_results: Callable[..., Results]) -> None:
     results = make_results(GRID, criteria=CRITERIA)
     drawn = words_in(finetuning_panels(results, 0))
-    assert {*GRID, *CRITERIA, "just pruned", "fine-tuned", "unpruned"} <= drawn
+    assert {*GRID, *CRITERIA, "just pruned", "fine-tuned", "as trained"} <= drawn
 
 
 def test_without_fine_tuning(make_results: Callable[..., Results]) -> None:

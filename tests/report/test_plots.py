@@ -35,11 +35,11 @@ def test_figures_name_what_they_show(
     for stage in ("pruned", "finetuned"):
         texts = words_in(sparsity_curves(results, 0, stage))
         assert criteria <= texts
-        assert {"80", "99", "unpruned"} <= texts
+        assert {"80", "99", "as trained"} <= texts
         if len(trainings) > 1:
             assert all(any(text.startswith(name) for text in texts) for name in trainings)
     texts = words_in(cost_accuracy(results, 1))
-    assert criteria | {"fine-tuned", "just pruned", "trained from scratch", "unpruned"} <= texts
+    assert criteria | {"fine-tuned", "just pruned", "trained from scratch", "as trained"} <= texts
     assert any("× fewer" in text for text in texts)
 
 

@@ -116,6 +116,31 @@ def test_the_page_has_both_sections_and_calls_nothing_unpruned_that_is_not(
     assert (tmp_path / "figures" / "online.svg").is_file()
 
 
+def test_networks_that_training_pruned_make_no_headline(results: Results, tmp_path: Path) -> None:
+    plain = results.cells[0]
+    for cell in results.cells:
+        if cell.training == "held":
+            cell.dense.accuracy = 20.0  # which masks and smaller networks easily keep
+            cell.masked = [m.model_copy(update={"requested": 0.999}) for m in plain.masked]
+            cell.compacted = [
+                c.model_copy(update={"size": c.size.model_copy(update={"bytes": 4})})
+                for c in plain.compacted
+            ]
+    write_results(tmp_path / "both", results)
+    written = page.write(tmp_path / "both").read_text()
+    head, figures = written[: written.index("<h2>")], written[written.index("<h2>") :]
+    assert "of the weights of plain go by" in head
+    assert "fewer MACs at 89.3 % (unpruned 89.8 %; plain, opd, uniform)" in head
+    assert "smallest networks pruned after training" in head
+    assert "10.0× fewer bytes" in figures
+    assert "60170.0× fewer bytes" not in figures
+    assert "sp.load(&#x27;cells/plain-0/artifacts/" in figures
+    results.cells = [cell for cell in results.cells if cell.training == "held"]
+    write_results(tmp_path / "held", results)
+    written = page.write(tmp_path / "held").read_text()
+    assert "unpruned" not in written[: written.index("<h2>")]
+
+
 def test_without_cuts_there_is_no_section(
     make_results: Callable[..., Results], tmp_path: Path
 ) -> None:

@@ -43,6 +43,16 @@ def test_best_family_is_the_smallest_within_a_point(make_results: Callable[..., 
             assert family.final_accuracy().mean < family.dense_accuracy().mean - 1
 
 
+def test_savings_are_of_the_averages_that_stand_beside_them(
+    make_results: Callable[..., Results],
+) -> None:
+    family = families(make_results())[0]
+    for (_, pruned), macs in zip(family.members, (20_000, 60_000), strict=True):
+        pruned.size.macs = macs
+    assert family.cost("macs") == 40_000
+    assert family.saving("macs") == pytest.approx(231_720 / 40_000)
+
+
 def test_best_family_of_none(make_results: Callable[..., Results]) -> None:
     assert best_family(families(make_results(compacted=False))) is None
 
