@@ -104,8 +104,8 @@ def prune(
     decay: Annotated[
         float | None,
         typer.Option(
-            help="Weight decay that the network was trained with, which makes the prior; with "
-            "--evidence the choice depends on it.",
+            help="Weight decay that the network was trained with, which makes the prior, of "
+            "fine-tuning too; with --evidence the choice depends on it.",
             show_default="a prior of N(0, 1)",
         ),
     ] = None,
@@ -121,7 +121,7 @@ def prune(
         ),
     ] = "none",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything random.")] = 0,
 ) -> None:
     """Prune a trained network: score, remove, recalibrate, fine-tune, measure, save."""
     from spamprune import data as data_sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from spamprune.engine import checkpoint
 from spamprune.engine.methods import Method
 from spamprune.engine.objective import CROSS_ENTROPY, Objective
 from spamprune.errors import TrainingError
-from spamprune.modules import batch_norms
+from spamprune.modules import batch_norms, device_of
 from spamprune.pruning.masks import Masks, held
 from spamprune.recipe.schema import Optimiser
 from spamprune.report import measure
@@ -184,6 +185,35 @@ def fit(
                 saved, kept = time.monotonic(), epoch
             on_epoch(record)
     return history
+
+
+def check_batches(model: nn.Module, train: Split, batch_size: int, setting: str) -> None:
+    """Raise if BatchNorm is to normalise by a last batch of one sample, and cannot.
+
+    Args:
+        model: The network.
+        train: What it is trained on.
+        batch_size: Samples in a step.
+        setting: What the user calls that.
+
+    Raises:
+        TrainingError: It cannot.
+    """
+    n = len(train)
+    if (n % batch_size or batch_size) > 1:
+        return
+    inputs, _ = next(iter(train.loader(1)))
+    trained = copy.deepcopy(model).train()  # whose running statistics change
+    try:
+        with torch.no_grad():
+            trained(inputs.to(device_of(model)))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise TrainingError(
+            f"{setting}: batches of {batch_size} of {n} training samples end with one of a single "
+            f"sample, which BatchNorm in {type(model).__name__} cannot normalise: choose another"
+        ) from error
 
 
 def _parameter_groups(model: nn.Module, optimiser: Optimiser) -> list[dict[str, Any]]:

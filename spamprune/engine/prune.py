@@ -17,7 +17,7 @@ from spamprune.bayes.spam import SpaM
 from spamprune.data import DataSet, Split
 from spamprune.data.base import Augment
 from spamprune.engine.cell import accelerator
-from spamprune.engine.fit import Job, fit
+from spamprune.engine.fit import Job, check_batches, fit
 from spamprune.engine.methods import ByPrior
 from spamprune.engine.network import Network, fit_data
 from spamprune.engine.stages import Stages
@@ -25,7 +25,7 @@ from spamprune.errors import OutputError, PruningError, TrainingError, nearest
 from spamprune.files import write_text
 from spamprune.pruning.compaction import Plan, Ranking, apply, verify
 from spamprune.pruning.evidence import Evidence
-from spamprune.pruning.plan import Target, plan
+from spamprune.pruning.plan import Target, check_reachable, plan
 from spamprune.pruning.recalibrate import recalibrate
 from spamprune.pruning.units import DEFAULT_KINDS, KINDS, Kind
 from spamprune.recipe.schema import Optimiser
@@ -50,7 +50,8 @@ class Request:
         round_to: Channels that remain in each layer are a multiple of this.
         calibration: Training samples for the posterior and for BatchNorm.
         decay: The weight decay that the network was trained with, per step of SGD or decoupled: the
-            prior's precision over the number of training samples. None: the prior is N(0, 1).
+            precision of the prior, of fine-tuning too, over the number of training samples. None:
+            the prior is N(0, 1).
         epochs: Of fine-tuning.
         lr: Learning rate of fine-tuning, by Adam, falling to zero along a cosine.
         batch_size: Samples in a step.
@@ -124,14 +125,23 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
         ModelError: The data do not fit the network.
         OutputError: ``out`` is in use.
         PruningError: The target cannot be met.
+        TrainingError: A batch of fine-tuning is too small for BatchNorm.
     """
     data = fit_data(network, data)
     data.train.loader(1, seed=0, augment=request.augment)
-    _claim(out)
     here = accelerator()
     model = network.model.to(here.device)
     some = _Calibration(data.train, request)
     example = next(iter(some))[0].to(here.device)
+    if request.epochs:
+        check_batches(model, data.train, request.batch_size, "batch size")
+    choices: dict[str, Any] = {
+        "ranking": request.ranking,
+        "kinds": request.kinds,
+        "round_to": request.round_to,
+    }
+    check_reachable(model, example[:1], filter(None, [request.target]), **choices)
+    _claim(out)
     accuracy: dict[str, float] = {}
 
     def test(stage: str, tested: nn.Module) -> None:
@@ -153,9 +163,7 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
             example[:1],
             CRITERIA[request.criterion](model, posterior, data=some, seed=request.seed),
             request.target or Target(evidence=Evidence(model, posterior, some)),
-            ranking=request.ranking,
-            kinds=request.kinds,
-            round_to=request.round_to,
+            **choices,
         )
     with stages.stage("pruning, and comparison with the masked network"):
         small = apply(model, chosen)
@@ -169,7 +177,7 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
         stages.note("there are none")
     if request.epochs:
         with stages.stage(f"fine-tuning for {request.epochs} epochs"):
-            _finetune(small, data, request, here, stages)
+            _finetune(small, data, request, prior, here, stages)
         test("fine-tuned", small)
     with stages.stage("cost of the dense and the pruned network"):
         sizes = {
@@ -177,7 +185,7 @@ def prune(network: Network, data: DataSet, request: Request, out: Path, stages: 
             for name, measured in (("dense", model), ("pruned", small))
         }
     outcome = Outcome(chosen, residual, sizes, accuracy)
-    _save(small, network, data, request, outcome, out)
+    _save(small, network, data, request, some.samples, outcome, out)
     return outcome
 
 
@@ -206,7 +214,12 @@ def _claim(out: Path) -> None:
 
 
 def _finetune(
-    small: nn.Module, data: DataSet, request: Request, here: Accelerator, stages: Stages
+    small: nn.Module,
+    data: DataSet,
+    request: Request,
+    precision: float,
+    here: Accelerator,
+    stages: Stages,
 ) -> None:
     def note(record: EpochRecord) -> None:
         stages.note(f"epoch {record.epoch}: loss {record.loss:.4f}, {record.seconds:.1f} s")
@@ -219,7 +232,7 @@ def _finetune(
         seed=request.seed,
         augment=request.augment,
     )
-    prior = SpaM(small, len(data.train), prior="scalar", burn_in=None)  # N(0, 1), never tuned
+    prior = SpaM(small, len(data.train), prior="scalar", precision=precision, burn_in=None)
     fit(small, ByPrior(prior), job, here, note)
 
 
@@ -228,6 +241,7 @@ def _save(
     network: Network,
     data: DataSet,
     request: Request,
+    calibration: int,
     outcome: Outcome,
     out: Path,
 ) -> None:
@@ -254,7 +268,7 @@ def _save(
         licence=network.licence,
         extra={
             "criterion": request.criterion,
-            "calibration samples": request.calibration,
+            "calibration samples": calibration,
             "fine-tuned epochs": request.epochs,
             "environment": measure.environment(),
             "plan": outcome.plan.summary(),

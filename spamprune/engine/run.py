@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from spamprune import models
+from spamprune.bayes.curvature import CurvatureMethod, fit_curvature
 from spamprune.bayes.parameters import named_parameters
 from spamprune.data import DataSet
 from spamprune.engine import parallel
 from spamprune.engine.bench import initial_model, load_data
 from spamprune.engine.cell import accelerator, run_cell
 from spamprune.engine.filters import filter_banks
+from spamprune.engine.fit import check_batches
 from spamprune.engine.forecast import forecast, in_words, posteriors
-from spamprune.engine.objective import check_loss
+from spamprune.engine.objective import check_loss, likelihood_of
 from spamprune.engine.parallel import Key
 from spamprune.engine.progress import Progress
 from spamprune.engine.variational import check_reduction
-from spamprune.errors import OutputError, RecipeError
+from spamprune.errors import OutputError, PosteriorError, RecipeError
 from spamprune.files import write_tensors, write_text
 from spamprune.modules import batch_norms
 from spamprune.pruning.plan import Target, check_reachable
@@ -66,6 +66,11 @@ def run(
     """
     if not isinstance(recipe, Recipe):
         recipe = load(recipe, overrides)
+    elif overrides:
+        raise RecipeError(
+            f"overrides {list(overrides)} are for a file, and {recipe.name!r} is a recipe already: "
+            "change it, or give its file"
+        )
     out = Path("runs") / recipe.name if out is None else Path(out)
     data = load_data(recipe)
     _preflight(recipe, data)
@@ -105,6 +110,7 @@ def _preflight(recipe: Recipe, data: DataSet) -> None:
         check_loss(stage.loss, data.shape)
     _check_norms(recipe, model)
     _check_batches(recipe, data, model)
+    _check_curvature(recipe, data, model)
     inputs, _ = next(iter(data.test.loader(1)))
     for training in recipe.train.values():
         if training.gradual is not None:
@@ -155,32 +161,33 @@ def _check_batches(recipe: Recipe, data: DataSet, model: nn.Module) -> None:
         anew = isinstance(experiment, Structured) and experiment.scratch is not None
         if tune is not None and (tune.norms == "train" or anew):  # fresh networks freeze no norms
             by_batch.append((f"prune.{index}.finetune", tune))
-    n = len(data.train)
-    alone = [(where, s) for where, s in by_batch if (n % s.batch_size or s.batch_size) == 1]
-    if not alone:
-        return
-    inputs, _ = next(iter(data.train.loader(1)))
-    if _normalises(model, inputs):
-        return
-    where, settings = alone[0]
-    raise RecipeError(
-        f"{where}.batch_size: batches of {settings.batch_size} of {n} training samples end with "
-        f"one of a single sample, which BatchNorm in {recipe.model.name} cannot normalise: choose "
-        "another"
-    )
+    for where, settings in by_batch:
+        check_batches(model, data.train, settings.batch_size, f"{where}.batch_size")
 
 
-def _normalises(model: nn.Module, inputs: Tensor) -> bool:
-    """Return whether every BatchNorm can take its statistics of a batch."""
-    trained = copy.deepcopy(model).train()  # whose running statistics change
-    try:
-        with torch.no_grad():
-            trained(inputs)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        return False
-    return True
+def _check_curvature(recipe: Recipe, data: DataSet, model: nn.Module) -> None:
+    """Raise if the curvature of a training cannot be computed, which one sample tells."""
+    fitted: list[tuple[str, Training]] = [
+        (f"train.{n}", t) for n, t in recipe.train.items() if t.inference() is None
+    ]
+    fitted += [
+        (f"prune.{i}.finetune", e.finetune)
+        for i, e in enumerate(recipe.prune)
+        if e.finetune is not None and e.finetune.method == "spam"
+    ]
+    once = {(s.curvature, likelihood_of(s.loss)): where for where, s in reversed(fitted)}
+    sample = next(iter(data.train.loader(1)))
+    for (curvature, likelihood), where in once.items():
+        try:
+            fit_curvature(
+                model,
+                [sample],
+                n_data=len(data.train),
+                method=CurvatureMethod(**curvature.model_dump()),
+                likelihood=likelihood,
+            )
+        except PosteriorError as error:
+            raise PosteriorError(f"{where}.curvature: {error}") from error
 
 
 def _claim(recipe: Recipe, data: DataSet, out: Path, resume: bool) -> None:

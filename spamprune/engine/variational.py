@@ -64,8 +64,10 @@ class ByBound:
         (*_, last) = layers(gains)
         surpluses = surplus(gains, whole=[last], pruned=old, iterations=self.iterations)
         proposed = {name: s <= 0 for name, s in surpluses.items()}
-        gains = {name: gain.masked_fill(~old[name], torch.inf) for name, gain in gains.items()}
-        stays = furthest(gains, proposed, lambda masks: bound(masks) >= before)
+        # In the order of ΔF the bound falls at once: first come weights near zero which data know
+        # best, and together they matter. In that of OPD it rises, and then falls.
+        order = {n: -opd.masked_fill(~old[n], -torch.inf) for n, opd in field.opd().items()}
+        stays = furthest(order, proposed, lambda masks: bound(masks) >= before)
         field.prune(stays)
         reduced = Reduced(
             proposed=sparsity_of(proposed),

@@ -28,7 +28,8 @@ def compensate(model: nn.Module, plan: Plan, posterior: Posterior) -> nn.Module:
     """Return a copy of ``model``, in full shape, whose weights make up for those the plan removes.
 
     Layers that lose inputs and have Kronecker factors change; ``apply(compensate(...), plan)`` is
-    the compensated small network.
+    the compensated small network. It knows no masks: where weights were pruned to zero
+    beforehand, those that stay in such a layer may become non-zero.
 
     Args:
         model: The network that was planned for.

@@ -14,7 +14,7 @@ through their diagonal, since no weight leaves them by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +86,11 @@ class Evidence:
             self.shares[name] = ratio / (1 + ratio)
             self._gains[name] = 0.5 * (prior * parameter.double().square() + ratio.log1p())
         self.effective = sum(share.sum().item() for share in self.shares.values())
+        if isinstance(data, Iterator):
+            raise PosteriorError(
+                "the evidence goes through the data again for each network, and this iterator ends "
+                "after once: give a loader or a list"
+            )
         if not torch.equal(_first(data), _first(data)):
             raise PosteriorError(
                 "the evidence compares losses of the same data, and the loader gave other inputs "

@@ -41,11 +41,13 @@ class Aligned:
                 self._tensors[path] = tensors[name]
                 self._fitting(path, parameter)
             elif parameter.requires_grad:
-                raise PosteriorError(f"{what} lacks parameter {name!r}: fit it on this model")
+                raise PosteriorError(
+                    f"parameter {name!r} is not in {what}: make {what} anew on this model"
+                )
         for name in tensors:
             if name not in paths:
                 raise PosteriorError(
-                    f"{what} has parameter {name!r}, which the model lacks: {nearest(name, paths)}"
+                    f"parameter {name!r} of {what} is not in the model: {nearest(name, paths)}"
                 )
 
     def get(self, name: str, parameter: nn.Parameter) -> Tensor | None:
@@ -68,9 +70,9 @@ class Aligned:
         tensor = self._tensors[name]
         if tensor.shape != parameter.shape:
             raise PosteriorError(
-                f"{self._what} has shape {tuple(tensor.shape)} for parameter {name!r}, the model "
-                f"has {tuple(parameter.shape)}: it belongs to another model, or the model was "
-                "pruned where this importance could not see it; fit it again on the model as it is"
+                f"parameter {name!r} has shape {tuple(tensor.shape)} in {self._what}, "
+                f"{tuple(parameter.shape)} in the model: that is another one, or was pruned where "
+                f"this importance could not see it; make {self._what} anew on the model as it is"
             )
         return tensor.to(parameter.device)
 

@@ -141,6 +141,9 @@ class OPDImportance(ScoreImportance):
             :func:`spamprune.fit_posterior`.
         group_reduction: As for scores.
         normalizer: As for scores.
+
+    Raises:
+        PruningError: As for scores, or it is no posterior.
     """
 
     _what = "the posterior"
@@ -152,6 +155,11 @@ class OPDImportance(ScoreImportance):
         group_reduction: str | None = "sum",
         normalizer: str | Callable[[Tensor], Tensor] | None = None,
     ):
+        if not isinstance(posterior, Posterior):
+            raise PruningError(
+                f"OPDImportance needs a posterior, not a {type(posterior).__name__}: fit one with "
+                "spamprune.fit_posterior, or give scores to ScoreImportance"
+            )
         super().__init__(
             posterior.precision(), group_reduction=group_reduction, normalizer=normalizer
         )

@@ -63,6 +63,13 @@ def plan(
         PosteriorError: The scores do not fit the network.
     """
     _check(ranking, kinds, min_units, round_to)
+    if not isinstance(target, Target):
+        raise PruningError(f"target {target!r} is no Target: give for example Target(ratio=0.5)")
+    if target.evidence is not None and target.evidence.model is not model:
+        raise PruningError(
+            "the target's evidence is of another network: make it of the one to be pruned, with "
+            "spamprune.Evidence(model, posterior, data)"
+        )
     traced = trace(model, example)
     found, notes = groups(model, traced, kinds=kinds, ignored=ignored)
     candidates, more = find(model, traced, found, scores, min_units, round_to, ratios or {})
@@ -166,5 +173,8 @@ def check_reachable(
     candidates, more = find(model, traced, found, anything, min_units, round_to, ratios or {})
     _check_any(model, candidates, [*notes, *more])
     for target in targets:
-        if target.ratio is None and target.evidence is None:
-            Search(model, example, traced, candidates, ranking, target).check_floor()
+        tried = candidates
+        if target.latency is not None:  # which runs pruned networks
+            tried, more = _that_run(model, example, traced, candidates)
+            _check_any(model, tried, more)
+        Search(model, example, traced, tried, ranking, target).check()

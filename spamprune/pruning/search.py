@@ -52,10 +52,7 @@ class Search:
             achieved = sum(counts.values()) / sum(
                 m.group.units for c in self.candidates for m in c.members
             )
-            if wanted and not any(counts.values()) and any(c.most for c in self.candidates):
-                raise PruningError(
-                    f"ratio {wanted} removes no unit: its layers are too narrow for it"
-                )
+            self._check_any(counts)
             return counts, achieved
         if self.target.evidence is not None:
             return self._most_evidence(self.target.evidence)
@@ -123,6 +120,33 @@ class Search:
                 low = middle
         return counts, achieved
 
+    def check(self) -> None:
+        """Raise unless there are scores by which the target can be met; those at hand are any."""
+        if self.target.ratio is not None:
+            taken = self._count_for_ratio(self.target.ratio)
+            # which layers lose them, unless all do, is for the scores to say
+            most = 0 if self.ranking == "uniform" else taken
+            self._check_any(self.counts(taken, dict.fromkeys(range(len(self.candidates)), most)))
+        elif self.target.evidence is None:
+            self.check_floor()
+
+    def _check_any(self, counts: Counts) -> None:
+        """Raise if a ratio above zero removes nothing."""
+        if self.target.ratio and not any(counts.values()):
+            raise PruningError(
+                f"ratio {self.target.ratio} removes no unit: {self._ways_out('ask for more')}"
+            )
+
+    def _ways_out(self, another: str) -> str:
+        """Return what could be changed: settings by which units stay, or for ``another`` target."""
+        ways = {
+            "change ratios": any(c.ratio is not None for c in self.candidates),
+            "lower min_units": any(c.most < c.steps - 1 for c in self.candidates),
+            "lower round_to": any(c.round_to > 1 for c in self.candidates),
+            another: any(c.ratio is None for c in self.candidates),
+        }
+        return " or ".join(way for way, helps in ways.items() if helps)
+
     def check_floor(self) -> float:
         """Return what remains with every layer at its minimum; raise unless it fits the budget."""
         key, wanted = self.target.named()
@@ -130,7 +154,7 @@ class Search:
         if floor > wanted:
             raise PruningError(
                 f"{key}: {wanted} cannot be reached: with every layer at its minimum {floor:.4f} "
-                "remains; lower min_units or ask for less"
+                f"remains; {self._ways_out('ask for less')}"
             )
         return floor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 
 from spamprune.errors import PruningError
 from spamprune.pruning.evidence import Evidence
@@ -44,8 +45,12 @@ class Target:
                 )
             return
         ((key, value),) = given.items()
-        if not (0 <= value < 1) or (key != "ratio" and value == 0):
-            raise PruningError(f"target {key}={value} is out of range: a fraction below 1")
+        if (
+            not isinstance(value, Real)
+            or not (0 <= float(value) < 1)
+            or (key != "ratio" and value == 0)
+        ):
+            raise PruningError(f"target {key}={value!r} is out of range: a fraction below 1")
 
     def named(self) -> tuple[str, float]:
         """Return the field that is given, and its value; 1 for evidence, which has none."""

@@ -221,7 +221,9 @@ def _matching(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     for pattern in patterns:
         matches = {name for name in names if fnmatchcase(name, pattern)}
         if not matches:
-            raise PruningError(f"no layer {pattern!r} to ignore: {nearest(pattern, names)}")
+            raise PruningError(
+                f"no layer {pattern!r} to ignore: {nearest(pattern, filter(None, names))}"
+            )
         inside = tuple(f"{m}." for m in matches)
         found |= matches | {name for name in names if name.startswith(inside)}
     return found

@@ -68,6 +68,7 @@ def test_a_folder_of_images(image_root: Path, tmp_path: Path) -> None:  # noqa: 
         ("--ratio 0.5 --data nowhere", "error: unknown data set 'nowhere': "),
         ("--ratio 0.5 --data . --root .", "error: . is the folder of the images itself"),
         ("--ratio 0.5 --weights x --random", "error: model 'test_resnet' is to be random"),
+        ("--ratio 0.001 --random", "error: ratio 0.001 removes no unit: ask for more"),
     ],
 )
 def test_mistakes_are_one_line(arguments: str, message: str, tmp_path: Path) -> None:
@@ -77,6 +78,15 @@ def test_mistakes_are_one_line(arguments: str, message: str, tmp_path: Path) -> 
     assert said.splitlines()[-1].startswith(message)
     assert sum(line.startswith("error: ") for line in said.splitlines()) == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_a_seed_beyond_what_generators_take_is_refused(tmp_path: Path) -> None:
+    status, _, said = call(
+        *("test_resnet", "--random", "--data", "digits", "--ratio", 0.5),
+        *("--out", tmp_path / "o", "--seed", 2**32),
+    )
+    assert status == 2
+    assert "--seed" in said
 
 
 def test_help_names_every_choice() -> None:

@@ -4,6 +4,7 @@ import io
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,51 @@ def test_a_place_in_use_is_refused(digits: DataSet, tmp_path: Path) -> None:
     for out in (tmp_path, tmp_path / "file"):
         with pytest.raises(OutputError, match="not an empty folder"):
             work("test_resnet", digits, out, Request(sp.Target(ratio=0.5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "error", "message"),
+    [
+        (
+            "resnet10t",
+            Request(sp.Target(ratio=0.3), batch_size=718, epochs=1),
+            TrainingError,
+            "batch size: batches of 718 of 1437 .* BatchNorm in ResNet cannot normalise",
+        ),
+        ("test_resnet", Request(sp.Target(ratio=0.001)), PruningError, "removes no unit"),
+        ("test_resnet", Request(sp.Target(macs=0.001)), PruningError, "cannot be reached"),
+    ],
+)
+def test_what_cannot_work_leaves_no_folder(
+    digits: DataSet,
+    tmp_path: Path,
+    name: str,
+    request_: Request,
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        work(name, digits, tmp_path / "o", request_)
+    assert not (tmp_path / "o").exists()
+
+
+def test_fine_tuning_is_under_the_prior_of_the_decay(
+    digits: DataSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spamprune.engine import prune as module
+
+    precisions = []
+
+    def spam(*arguments: Any, **settings: Any) -> sp.SpaM:
+        precisions.append(settings["precision"])
+        return sp.SpaM(*arguments, **settings)
+
+    monkeypatch.setattr(module, "SpaM", spam)
+    for decay in (None, 0.01):
+        request = Request(sp.Target(ratio=0.5), calibration=10_000, epochs=1, decay=decay)
+        work("test_resnet", digits, tmp_path / f"{decay}", request)
+    assert precisions == [1.0, pytest.approx(0.01 * len(digits.train))]
+    assert read_config(tmp_path / "None").extra["calibration samples"] == len(digits.train)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from spamprune.errors import (
     DataError,
     ModelError,
     OutputError,
+    PosteriorError,
     PruningError,
     RecipeError,
     TrainingError,
@@ -26,6 +27,7 @@ from spamprune.errors import (
 from spamprune.recipe import Recipe, load
 from spamprune.report.results import Results
 
+SMALL_VIT = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10}
 ADAM = {"name": "adam", "lr": 0.003, "schedule": "constant"}
 
 
@@ -281,8 +283,43 @@ def test_numbers_that_are_lost_stop_the_run_and_the_last_good_epoch_is_kept(
                 "train": {"map": {"method": "map", "epochs": 1, "batch_size": 359}},
                 "prune": [],
             },
-            RecipeError,
-            r"train\.map\.batch_size: batches of 359 of 1437 .* BatchNorm in resnet10t",
+            TrainingError,
+            r"train\.map\.batch_size: batches of 359 of 1437 .* BatchNorm in ResNet",
+        ),
+        (
+            {
+                "train": {
+                    "map": {
+                        "method": "map",
+                        "loss": {"label_smoothing": 0.1},
+                        "curvature": {"estimator": "asdl"},
+                    }
+                },
+                "prune": [],
+            },
+            PosteriorError,
+            r"train\.map\.curvature: asdl knows plain classification only",
+        ),
+        (
+            {
+                "data": {"name": "digits", "validation": 0},
+                "model": {"name": "test_vit", "kwargs": SMALL_VIT},
+                "train": {"map": {"method": "map"}},
+                "prune": [
+                    {
+                        "kind": "structured",
+                        "targets": [{"macs": 0.5}],
+                        "finetune": {"method": "spam", "curvature": {"estimator": "asdl"}},
+                    }
+                ],
+            },
+            PosteriorError,
+            r"prune\.0\.finetune\.curvature: estimator 'asdl' is not right for parameter",
+        ),
+        (
+            {"prune": [{"kind": "structured", "targets": [{"ratio": 0.001}]}]},
+            PruningError,
+            "ratio 0.001 removes no unit: ask for more",
         ),
     ],
 )
@@ -352,3 +389,24 @@ def test_paths_may_be_strings(tmp_path):
     source.write_text(yaml.safe_dump(recipe(prune=[]).model_dump(mode="json")))
     results = sp.run(str(source), str(tmp_path / "o"), overrides=["train.spam.epochs=2"])
     assert len(results.cells[1].history) == 2
+
+
+def test_overrides_of_a_recipe_that_is_loaded_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match=r"overrides \['seeds=\[1\]'\] are for a file"):
+        run(recipe(), tmp_path / "o", overrides=["seeds=[1]"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_curvature_that_trainings_share_is_tried_once(tmp_path, monkeypatch):
+    tried = []
+
+    def counted(*arguments, **settings):
+        tried.append(settings["method"])
+
+    monkeypatch.setattr(module, "fit_curvature", counted)
+    maps = {name: {"method": "map", "epochs": 1} for name in ("one", "two")}
+    exact = {"method": "map", "epochs": 1, "curvature": {"estimator": "exact"}}
+    variational = {"method": "variational", "epochs": 1}
+    wanted = recipe(train={**maps, "exact": exact, "field": variational}, prune=[])
+    module._preflight(wanted, module.load_data(wanted))
+    assert sorted(method.chosen for method in tried) == ["exact", "sketch"]

@@ -40,12 +40,13 @@ def linear(features: int) -> nn.Linear:
 
 
 def tuned(update: str, structure: str) -> FineTune:
+    steps = {} if update == "exact" else {"steps": 30}
     return FineTune.model_validate(
         {
             "method": "spam",
             "prior": {"structure": structure, "precision": 2.0},
             "curvature": {"estimator": "exact"},
-            "evidence": {"update": update, "every": 1, "steps": 30},
+            "evidence": {"update": update, "every": 1, **steps},
         }
     )
 
@@ -128,14 +129,14 @@ def subject(folder: Path) -> Subject:
 
 
 def finetune(**changes: Any) -> FineTune:
-    settings = {"epochs": 4, "batch_size": 64, "optimiser": ADAM, "evidence": {"every": 1}}
+    settings = {"epochs": 4, "batch_size": 64, "optimiser": ADAM}
     return FineTune.model_validate(settings | changes)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"method": "spam", "prior": {"structure": "unitwise"}},
+        {"method": "spam", "prior": {"structure": "unitwise"}, "evidence": {"every": 1}},
         {"distil": {"weight": 0.7, "temperature": 3.0}, "loss": {"mixup": 0.4}},
     ],
 )

@@ -1,5 +1,6 @@
 """How far the evidence says to prune, against evidences that are known."""
 
+import copy
 import math
 
 import pytest
@@ -236,8 +237,16 @@ def test_a_loader_that_shuffles_is_refused(network):
     shuffled = DataLoader(TensorDataset(*data[0]), batch_size=50, shuffle=True)
     with pytest.raises(PosteriorError, match="neither shuffles nor augments"):
         sp.Evidence(model, posterior, shuffled)
-    with pytest.raises(PosteriorError, match="neither shuffles nor augments"):
-        sp.Evidence(model, posterior, iter([*data, (data[0][0] + 1, data[0][1])]))
+    with pytest.raises(PosteriorError, match="this iterator ends after once: give a loader"):
+        sp.Evidence(model, posterior, iter(data))
+
+
+def test_the_evidence_of_another_network_is_refused(network):
+    model, posterior, data = network
+    target = sp.Target(evidence=sp.Evidence(model, posterior, data))
+    other = copy.deepcopy(model)
+    with pytest.raises(PruningError, match="the target's evidence is of another network"):
+        sp.plan(other, data[0][0][:1], sp.scores.magnitude(other), target)
 
 
 def test_faults_are_named(network):

@@ -329,12 +329,14 @@ def test_scores_of_another_model_are_refused_by_name():
     model = lenet()
     group = CASES["lenet conv"](model)
     scores = random_scores(model)
-    with pytest.raises(PosteriorError, match=r"lacks parameter 'conv1\.weight'"):
+    with pytest.raises(PosteriorError, match=r"'conv1\.weight' is not in the scores: make"):
         ScoreImportance({})(group)
-    with pytest.raises(PosteriorError, match=r"'conv1\.weight'.*fit it again"):
+    with pytest.raises(PosteriorError, match=r"'conv1\.weight'.*make the scores anew"):
         ScoreImportance(scores | {"conv1.weight": torch.rand(2, 1, 5, 5)})(group)
-    with pytest.raises(PosteriorError, match=r"'conv7\.weight', which the model lacks"):
+    with pytest.raises(PosteriorError, match=r"'conv7\.weight' of the scores is not in the model"):
         ScoreImportance(scores | {"conv7.weight": torch.rand(2)})(group)
+    with pytest.raises(PruningError, match="OPDImportance needs a posterior, not a dict"):
+        OPDImportance(scores)
 
 
 def test_a_group_without_trainable_parameters_is_left_to_torch_pruning():

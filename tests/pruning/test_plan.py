@@ -152,11 +152,55 @@ def test_no_layer_is_pruned_to_nothing_and_the_plan_says_so(network):
 
 
 def test_what_is_left_whole_or_too_narrow_is_said(network):
-    found = plan(network, image(), magnitudes(network), Target(ratio=0.5), min_units=1000)
-    assert found.achieved == {"ratio": 0.0}
-    assert "fc: at its minimum, 84 of 84 units" in found.notes
-    with pytest.raises(PruningError, match=r"ratio 0\.001 removes no unit"):
-        plan(network, image(), magnitudes(network), Target(ratio=0.001))
+    found = plan(network, image(), magnitudes(network), Target(ratio=0.5), min_units=20)
+    assert "conv1: at its minimum, 6 of 6 units" in found.notes
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global", "isomorphic"])
+@pytest.mark.parametrize(
+    ("target", "settings", "message"),
+    [
+        (Target(ratio=0.001), {}, r"ratio 0\.001 removes no unit: ask for more$"),
+        (Target(ratio=0.5), {"min_units": 1000}, "no unit: lower min_units or ask for more$"),
+        (Target(ratio=0.5), {"round_to": 128}, "no unit: lower round_to or ask for more$"),
+        (Target(ratio=0.5), {"ratios": {"*": 0.005}}, "no unit: change ratios$"),
+        (Target(macs=0.5), {"ratios": {"*": 0.1}}, r"cannot be reached.* remains; change ratios$"),
+        (Target(macs=0.1), {"min_units": 80}, "remains; lower min_units or ask for less$"),
+    ],
+)
+def test_what_removes_too_little_is_refused_with_its_cause(
+    network, ranking, target, settings, message
+):
+    with pytest.raises(PruningError, match=message):
+        plan(network, image(), magnitudes(network), target, ranking=ranking, **settings)
+    with pytest.raises(PruningError, match=message):
+        check_reachable(network, image(), [target], ranking=ranking, **settings)
+
+
+def test_a_ratio_that_some_scores_can_meet_is_reachable():
+    """Of two layers one loses all eight units that go, or each fewer than a multiple of eight."""
+    model = nn.Sequential(
+        nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
+    first = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    first["2.bias"].fill_(1)
+    target, settings = Target(ratio=0.25), {"ranking": "global", "round_to": 8}
+    check_reachable(model, torch.randn(1, 6), [target], **settings)
+    assert plan(model, torch.randn(1, 6), first, target, **settings).widths() == {"0": 8, "2": 16}
+    with pytest.raises(PruningError, match="removes no unit"):
+        check_reachable(model, torch.randn(1, 6), [target], round_to=8)
+
+
+def test_slips_in_the_call_are_named(network):
+    values = magnitudes(network)
+    with pytest.raises(PruningError, match=r"target 0\.6 is no Target"):
+        plan(network, image(), values, 0.6)
+    with pytest.raises(PruningError, match=r"the example is a tuple: give the tensor"):
+        plan(network, (image(),), values, Target(ratio=0.5))
+    with pytest.raises(PruningError, match=r"target macs='0\.5' is out of range"):
+        Target(macs="0.5")
+    with pytest.raises(PruningError, match=r"no layer '\.\*' to ignore: valid: act1, bn1"):
+        plan(resnet(), torch.randn(1, 3, 32, 32), {}, Target(ratio=0.5), ignored=[".*"])
 
 
 def test_a_coarse_step_below_the_budget_is_noted(network):
@@ -344,6 +388,7 @@ def test_what_fails_is_left_whole_before_a_search_that_runs_networks(key, monkey
     if key == "evidence":
         posterior = sp.fit_posterior(model, data, n_data=40)
         target = Target(evidence=sp.Evidence(model, posterior, data))
+    check_reachable(model, data[0][0][:1], [target])
     found = plan(model, data[0][0][:1], magnitudes(model), target, ranking="global")
     assert found.widths().get("fc1", 12) == 12
     assert found.widths()["fc2"] < 12

@@ -119,8 +119,14 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         example: Inputs, ``(B, ...)``.
 
     Raises:
-        PruningError: The network cannot be run on ``example``, or not in :data:`LIMIT` seconds.
+        PruningError: ``example`` is no tensor, or the network cannot be run on it, or not in
+            :data:`LIMIT` seconds.
     """
+    if not isinstance(example, Tensor):
+        raise PruningError(
+            f"the example is a {type(example).__name__}: give the tensor that is the network's "
+            "input, (B, ...)"
+        )
     recorder = Recorder(model)
     with evaluation_mode(model), torch.no_grad(), _plain_kernels(), recorder.modules():
         try:
