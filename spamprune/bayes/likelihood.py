@@ -53,10 +53,19 @@ class Classification:
     Attributes:
         label_smoothing: Weight of the uniform distribution in the targets, in [0, 1).
         ignore_index: Positions with this target take no part.
+
+    Raises:
+        PosteriorError: The label smoothing is not in [0, 1).
     """
 
     label_smoothing: float = 0.0
     ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise PosteriorError(
+                f"label_smoothing must be at least 0 and less than 1, not {self.label_smoothing}"
+            )
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each sample, summed over its positions, shape (B,).

@@ -1,7 +1,8 @@
-"""The parameters that Bayes sees: the trainable ones, once each, by name."""
+"""The parameters that Bayes sees, the trainable ones, once each, by name; and checks of input."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -12,6 +13,17 @@ from spamprune.errors import PosteriorError, nearest
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable parameters of ``model`` by name, tied ones under their first name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_positive(**numbers: float) -> None:
+    """Check that ``numbers`` are positive and finite.
+
+    Raises:
+        PosteriorError: One is not; it is named.
+    """
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise PosteriorError(f"{name} must be a positive number, not {number}")
 
 
 def check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -14,7 +14,7 @@ from spamprune.bayes.curvature import Curvature, CurvatureMethod, fit_curvature
 from spamprune.bayes.curvature.blocks import Kronecker
 from spamprune.bayes.evidence import log_evidence
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
-from spamprune.bayes.parameters import check_shapes, named_parameters
+from spamprune.bayes.parameters import check_positive, check_shapes, named_parameters
 from spamprune.bayes.prior import Prior
 from spamprune.errors import PosteriorError
 from spamprune.files import write_tensors
@@ -180,14 +180,17 @@ def fit_posterior(
         seed: Of what the curvature draws.
 
     Raises:
-        PosteriorError: ``n_data`` is not given and the loader has no ``dataset``, or the curvature
-            cannot be computed this way.
+        PosteriorError: ``n_data`` is not given and the loader has no ``dataset``, a number is not
+            positive, or the curvature cannot be computed this way.
     """
     if n_data is None:
         dataset = getattr(loader, "dataset", None)
         if dataset is None:
             raise PosteriorError("this loader has no .dataset: give n_data, the number of samples")
         n_data = len(dataset)
+    check_positive(n_data=n_data, temperature=temperature)
+    if isinstance(prior, str):
+        raise PosteriorError(f"prior {prior!r} has no precision: give Prior(model, {prior!r})")
     if not isinstance(prior, Prior):
         prior = Prior(model, "scalar", prior)
     found = fit_curvature(

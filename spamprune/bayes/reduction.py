@@ -120,7 +120,7 @@ class Reduction:
             Float64, shape (groups,).
 
         Raises:
-            PosteriorError: There is no such parameter or dimension.
+            PosteriorError: There is no such parameter, dimension or position.
         """
         gaussian = self._gaussians.get(name)
         if gaussian is None:
@@ -130,6 +130,12 @@ class Reduction:
             raise PosteriorError(
                 f"groups of {name!r}, shape {tuple(gaussian.mean.shape)}, cannot be cut along "
                 f"dimension {dim}"
+            )
+        size = gaussian.mean.shape[dim]
+        if not ((members >= 0) & (members < size)).all():
+            raise PosteriorError(
+                f"groups of {name!r} have members {members.min()} to {members.max()}: dimension "
+                f"{dim} has positions 0 to {size - 1}"
             )
         return gaussian.groups(dim, members.to(gaussian.mean.device))
 
@@ -200,19 +206,19 @@ def surplus(
 
 
 def furthest(
-    delta_f: Mapping[str, Tensor],
+    order: Mapping[str, Tensor],
     proposed: Mapping[str, Tensor],
     allowed: Callable[[dict[str, Tensor]], bool],
     *,
     steps: int = 6,
 ) -> dict[str, Tensor]:
-    """Return masks that remove as much of what is proposed, largest ΔF first, as is allowed.
+    """Return masks that remove as much of what is proposed, in a given order, as is allowed.
 
     ΔF is of one parameter beside the others: many small effects that point the same way add up to
     more than their sum. So the evidence of the reduced network is worth measuring.
 
     Args:
-        delta_f: ΔF in nats by name; ∞ for what is gone already.
+        order: By name; what is larger goes first, and ∞ is what is gone already.
         proposed: Masks, False where a parameter may go, by name.
         allowed: Told masks, True where a parameter stays, returns whether they may be.
         steps: Of the bisection, each with a call of ``allowed``; first comes one for all at once.
@@ -220,15 +226,15 @@ def furthest(
     Returns:
         Masks, True where a parameter stays; what is gone already stays gone.
     """
-    gains = {n: gain.masked_fill(proposed[n], -math.inf) for n, gain in delta_f.items()}
-    flat = torch.cat([gain.flatten() for gain in gains.values()])
-    paying = flat[flat.isfinite()].sort(descending=True).values
+    places = {n: place.masked_fill(proposed[n], -math.inf) for n, place in order.items()}
+    flat = torch.cat([place.flatten() for place in places.values()])
+    queue = flat[flat.isfinite()].sort(descending=True).values
 
     def masks(taken: int) -> dict[str, Tensor]:
-        least = paying[taken - 1].item() if taken else math.inf
-        return {name: gain < least for name, gain in gains.items()}
+        least = queue[taken - 1].item() if taken else math.inf
+        return {name: place < least for name, place in places.items()}
 
-    low, high = 0, len(paying)
+    low, high = 0, len(queue)
     if not high or allowed(masks(high)):
         return masks(high)
     for _ in range(steps):

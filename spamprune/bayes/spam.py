@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from spamprune.bayes import evidence
 from spamprune.bayes.curvature import Curvature, CurvatureMethod, fit_curvature
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood, Regression
-from spamprune.bayes.parameters import named_parameters
+from spamprune.bayes.parameters import check_positive, named_parameters
 from spamprune.bayes.posterior import Posterior, posterior_from
 from spamprune.bayes.prior import Prior, Structure
-from spamprune.errors import PosteriorError
+from spamprune.errors import PosteriorError, nearest
 
 Update = Literal["adam", "exact", "mackay"]
+
+#: Starts of the names of optimisers that look like Adam or SGD and step otherwise: rectified,
+#: without bias correction, scaled by layer or orthogonalised.
+_OTHERS = ("radam", "adopt", "lars", "novograd", "nvnovograd", "muon")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class SpaM:
         n_data: N, the number of training samples.
         prior: How prior precisions are tied.
         curvature: How the curvature of the loss is computed. Updates see ``curvature.samples``
-            samples (docs/curvature.md has why 10 000 do), the final posterior all.
+            samples: 10 000 by default (docs/curvature.md has why they do), but all where a method
+            is given that does not say. The final posterior sees all.
         likelihood: Of the targets. A :class:`~spamprune.bayes.likelihood.Regression` has the
             variance of its noise learned with the prior; train on the mean of its ``losses``.
         precision: δ₀.
@@ -66,8 +71,8 @@ class SpaM:
             pull tied precisions up, as weights that the data determine to be zero.
 
     Raises:
-        PosteriorError: ``"exact"`` is asked of a prior that is not parameterwise, or of Kronecker
-            factors.
+        PosteriorError: A setting is unknown or out of range, a mask is of no parameter, or
+            ``"exact"`` is asked of a prior that is not parameterwise, or of Kronecker factors.
     """
 
     def __init__(
@@ -97,6 +102,9 @@ class SpaM:
             raise PosteriorError(f"update 'exact' needs a parameterwise prior, not {prior!r}")
         if update == "exact" and curvature.structure == "kron":
             raise PosteriorError("update 'exact' needs structure 'diag': use 'adam' for 'kron'")
+        check_positive(n_data=n_data, temperature=temperature, every=every, steps=steps, lr=lr)
+        if not 0 <= damping < 1:
+            raise PosteriorError(f"damping must be at least 0 and less than 1, not {damping}")
         self.model = model
         self.n_data = n_data
         self.prior = Prior(model, prior, precision)
@@ -107,6 +115,12 @@ class SpaM:
         self.steps, self.lr, self.damping = steps, lr, damping
         self.seed, self.masks = seed, masks
         self._parameters = named_parameters(model)
+        for name in masks or ():
+            if name not in self._parameters:
+                raise PosteriorError(
+                    f"a mask is of {name!r}, which is no trainable parameter of the model: "
+                    f"{nearest(name, self._parameters)}"
+                )
         self._refresh()
 
     def _refresh(self) -> None:
@@ -129,14 +143,18 @@ class SpaM:
         loss. The step is stable for every δ.
 
         Raises:
-            PosteriorError: The optimiser is neither SGD without dampening nor of the Adam family.
+            PosteriorError: The optimiser is neither SGD without dampening nor of the Adam family,
+                or moves other parameters.
         """
         names = {id(p): name for name, p in self._parameters.items()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in names:
-                    step = _step(optimizer, group, parameter)
-                    parameter /= 1 + step * self._strength[names[id(parameter)]]
+        moved = [(g, p) for g in optimizer.param_groups for p in g["params"] if id(p) in names]
+        if not moved:
+            raise PosteriorError(
+                "the optimiser moves none of the model's parameters: make it of model.parameters()"
+            )
+        for group, parameter in moved:
+            step = _step(optimizer, group, parameter)
+            parameter /= 1 + step * self._strength[names[id(parameter)]]
 
     def due(self, epoch: int) -> bool:
         """Return whether an evidence update belongs after epoch ``epoch`` (counted from 1)."""
@@ -232,7 +250,7 @@ class SpaM:
         """Return the mean log δ of each parameter tensor, of what is not masked, if anything."""
         found = []
         for name, delta in self.prior.precision().items():
-            mask = None if self.masks is None else self.masks[name]
+            mask = (self.masks or {}).get(name)
             left = delta if mask is None or not mask.any() else delta[mask]
             found.append(left.log().mean().item())
         return found
@@ -269,15 +287,17 @@ def _step(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor
 ) -> Tensor | float:
     """Return the step per unit of a constant gradient, for optimisers whose step is known."""
-    if "nesterov" in group and not group.get("dampening"):
-        return group["lr"] / (1 - group["momentum"])
-    if parameter not in optimizer.state and "betas" in group:
-        return 0.0  # it has had no gradient yet
-    state = optimizer.state[parameter]
-    if "betas" in group and "exp_avg_sq" in state and "step" in state:
-        correction = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
-        squares = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # amsgrad divides by these
-        return group["lr"] / (squares.sqrt() / correction + group["eps"])
+    kinds = [kind.__name__.lower() for kind in type(optimizer).__mro__]
+    if not any(kind.startswith(_OTHERS) for kind in kinds):
+        if "nesterov" in group and group.get("dampening") == 0:
+            return group["lr"] / (1 - group["momentum"])
+        if parameter not in optimizer.state and "betas" in group:
+            return 0.0  # it has had no gradient yet
+        state = optimizer.state[parameter]
+        if "betas" in group and "exp_avg_sq" in state and "step" in state:
+            correction = math.sqrt(1 - group["betas"][1] ** float(state["step"]))
+            squares = state.get("max_exp_avg_sq", state["exp_avg_sq"])  # amsgrad divides by these
+            return group["lr"] / (squares.sqrt() / correction + group["eps"])
     raise PosteriorError(
         f"no implicit prior step for {type(optimizer).__name__} as it is set: add spam.penalty() "
         "to the loss instead"

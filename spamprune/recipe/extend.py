@@ -39,7 +39,7 @@ def read(path: Path, _extending: tuple[Path, ...] = ()) -> Document:
     if not isinstance(source, str):
         raise RecipeError(f"{label}: give one path relative to this file, or a bundled recipe")
     try:
-        base = library.find(source, beside=path.parent)
+        base = library.find(source, heir=path)
     except RecipeError as error:
         raise RecipeError(f"{label}: {error}") from None
     chain = (*_extending, path)

@@ -26,23 +26,24 @@ def split_variant(source: str | Path) -> tuple[str, str | None]:
     return (recipe, variant) if at and not Path(source).is_file() else (str(source), None)
 
 
-def find(source: str | Path, beside: Path = Path()) -> Path:
+def find(source: str | Path, heir: Path | None = None) -> Path:
     """Return the file of a recipe, given as a path or as the name of a bundled one.
 
     Args:
         source: The path or name.
-        beside: Folder that a path is relative to.
+        heir: The recipe that extends it, which paths are relative to.
 
     Raises:
         RecipeError: There is no such file and no such name.
     """
-    path = beside / source
+    path = Path(source) if heir is None else heir.parent / source
     if path.is_file():
         return path
     bundled = recipes()
     if str(source) in bundled:
         return bundled[str(source)]
-    near = [str(Path(source).parent / file.name) for file in path.parent.glob("*.yaml")]
-    choices = [*bundled, *near]
+    near = {str(Path(source).parent / file.name): file for file in path.parent.glob("*.yaml")}
+    own = None if heir is None else heir.resolve()
+    choices = [name for name, file in (bundled | near).items() if file.resolve() != own]
     hint = nearest(str(source), choices) if choices else "`spamprune recipes` lists those"
     raise RecipeError(f"no recipe {str(source)!r}, neither a file nor a bundled one: {hint}")

@@ -185,8 +185,11 @@ def _problem(recipe: Document, error: ErrorDetails) -> str:
         said = "missing" if tag is None else f"{_show(tag)} is not valid"
         message = f"{said}, {nearest(str(tag), fields.tags(node))}"
     elif kind == "literal_error":
-        choices = node.get("enum") or [node["const"]]
+        valid = node.get("enum") or [node["const"]]
+        choices = [choice if isinstance(choice, str) else _show(choice) for choice in valid]
         message = f"{_show(value)} is not valid, {nearest(str(value), choices)}"
+    elif kind == "string_type" and isinstance(value, bool | int | float):
+        message = f"{_show(value)} is not valid: quote it, YAML reads it as no string"
     else:
         wanted = "input should be a mapping of keys to values" if kind in _MAPPINGS else message
         message = f"{_show(value)} is not valid: {wanted[0].lower()}{wanted[1:]}"

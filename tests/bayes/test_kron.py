@@ -235,6 +235,12 @@ def test_a_derived_weight_and_attention_fall_to_the_policy():
         ({"rest": "exclude"}, "is for structure 'kron'"),
         ({"estimator": "exact", "draws": 2}, "nothing to draw"),
         ({"estimator": "asdl", "draws": 2}, "has no draws"),
+        ({"labels": "GGN"}, "unknown labels 'GGN': valid: ef, ggn"),
+        ({"labels": None}, "unknown labels None"),
+        ({"structure": "kron_"}, "unknown structure 'kron_': did you mean 'kron'"),
+        ({"structure": "kfac"}, "unknown structure 'kfac': valid: diag, kron"),
+        ({"estimator": "excat"}, "unknown estimator 'excat': did you mean 'exact'"),
+        ({"structure": "kron", "rest": "excluded"}, "unknown rest 'excluded': did you mean"),
     ],
 )
 def test_choices_that_do_not_go_together(arguments, message):

@@ -10,6 +10,12 @@ from spamprune.bayes.likelihood import CLASSIFICATION, Classification, Regressio
 from spamprune.errors import PosteriorError
 
 
+@pytest.mark.parametrize("smoothing", [-0.5, 1.0, 1.5, math.nan])
+def test_label_smoothing_that_makes_no_sense_is_refused(smoothing):
+    with pytest.raises(PosteriorError, match="label_smoothing must be at least 0 and less than 1"):
+        Classification(label_smoothing=smoothing)
+
+
 def dense(ignored=True):
     generator = torch.Generator().manual_seed(0)
     outputs = torch.randn(3, 4, 2, 3, generator=generator, dtype=torch.float64)

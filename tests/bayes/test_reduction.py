@@ -359,6 +359,9 @@ def test_faults_are_named():
         reduction.group_evidence("weigt", 0, torch.tensor([[0]]))
     with pytest.raises(PosteriorError, match="dimension 2"):
         reduction.group_evidence("weight", 2, torch.tensor([[0]]))
+    for member in (-1, 99):
+        with pytest.raises(PosteriorError, match=f"members {member} to {member}: dimension 0 has"):
+            reduction.group_evidence("weight", 0, torch.tensor([[member]]))
     with pytest.raises(PosteriorError, match="no layer 'head'"):
         active({"fc.weight": torch.zeros(2)}, whole=["head"])
     with pytest.raises(PosteriorError, match=r"'fc.weight' is not a number"):
@@ -385,7 +388,7 @@ def test_a_surplus_is_the_gain_above_the_odds():
 )
 def test_as_much_goes_as_is_allowed_and_the_largest_first(gains, limit):
     """Against trying every threshold."""
-    delta_f = {"w": torch.tensor([gain for gain, _ in gains], dtype=torch.float64)}
+    order = {"w": torch.tensor([gain for gain, _ in gains], dtype=torch.float64)}
     proposed = {"w": torch.tensor([stays for _, stays in gains])}
     asked = []
 
@@ -393,19 +396,19 @@ def test_as_much_goes_as_is_allowed_and_the_largest_first(gains, limit):
         asked.append(masks)
         return int((~masks["w"]).sum()) <= limit
 
-    stays = furthest(delta_f, proposed, allowed, steps=20)["w"]
+    stays = furthest(order, proposed, allowed, steps=20)["w"]
     assert len(asked) <= 21
-    tried = [proposed["w"] | (delta_f["w"] < least) for least in delta_f["w"]]
+    tried = [proposed["w"] | (order["w"] < least) for least in order["w"]]
     fits = [mask for mask in tried if int((~mask).sum()) <= limit]
     assert int((~stays).sum()) == max((int((~mask).sum()) for mask in fits), default=0)
     assert stays[proposed["w"]].all()
 
 
 def test_what_is_gone_stays_gone_whatever_is_allowed():
-    delta_f = {"w": torch.tensor([math.inf, 3.0, -1.0]), "v": torch.tensor([5.0])}
+    order = {"w": torch.tensor([math.inf, 3.0, -1.0]), "v": torch.tensor([5.0])}
     proposed = {"w": torch.tensor([False, False, True]), "v": torch.tensor([True])}
-    assert furthest(delta_f, proposed, lambda masks: False)["w"].tolist() == [False, True, True]
-    stays = furthest(delta_f, proposed, lambda masks: True)
+    assert furthest(order, proposed, lambda masks: False)["w"].tolist() == [False, True, True]
+    stays = furthest(order, proposed, lambda masks: True)
     assert stays["w"].tolist() == [False, False, True]
     assert stays["v"].tolist() == [True]
 

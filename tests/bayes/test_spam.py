@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import timm.optim
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -27,10 +28,11 @@ def optimisers(parameters):
         "nesterov": torch.optim.SGD(parameters, lr=0.02, momentum=0.9, nesterov=True),
         "adam": torch.optim.Adam(parameters, lr=0.003),
         "amsgrad": torch.optim.Adam(parameters, lr=0.02, amsgrad=True),
+        "adamp": timm.optim.AdamP(parameters, lr=0.003),
     }
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "amsgrad"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "amsgrad", "adamp"])
 def test_shrinking_settles_where_the_penalised_loss_is_stationary(name):
     model, [(inputs, targets)] = problem()
     spam = SpaM(model, 64, prior="unitwise", precision=5.0, burn_in=None)
@@ -67,6 +69,9 @@ def test_shrinking_is_stable_for_any_precision():
         torch.optim.Adamax,
         lambda p: torch.optim.RMSprop(p, momentum=0.9),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.9),
+        torch.optim.RAdam,
+        *(timm.optim.get_optimizer_class(n) for n in ("adopt", "radam", "lars", "novograd")),
+        *(timm.optim.get_optimizer_class(n, bind_defaults=False) for n in ("muon", "radamlegacy")),
     ],
 )
 def test_shrink_refuses_an_optimiser_whose_step_it_does_not_know(make):
@@ -75,6 +80,13 @@ def test_shrink_refuses_an_optimiser_whose_step_it_does_not_know(make):
     F.cross_entropy(model(inputs), targets).backward()
     optimizer.step()
     with pytest.raises(PosteriorError, match=rf"{type(optimizer).__name__}.*penalty"):
+        SpaM(model, 64).shrink(optimizer)
+
+
+def test_shrink_refuses_an_optimiser_of_other_parameters():
+    model, _ = problem()
+    optimizer = torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.1)
+    with pytest.raises(PosteriorError, match="moves none of the model's parameters"):
         SpaM(model, 64).shrink(optimizer)
 
 
@@ -171,6 +183,14 @@ def test_mean_precisions_leave_out_what_is_masked():
     assert spam.mean_log_precision()[0] == pytest.approx(factor[1:].mean().item())
 
 
+def test_masks_may_be_of_some_parameters():
+    model, loader = problem()
+    mask = torch.zeros(8, 5, dtype=torch.bool)
+    spam = SpaM(model, 64, masks={"0.weight": mask}, every=1)
+    assert spam.update(1, loader) is not None
+    assert len(spam.mean_log_precision()) == 4
+
+
 def test_the_noise_of_a_regression_is_learned():
     """In a linear model the update's fixed point is ``σ² = RSS / (N − γ)``, all in closed form."""
     torch.manual_seed(0)
@@ -214,9 +234,39 @@ def test_the_closed_form_is_refused_where_there_is_none(arguments, message):
         SpaM(problem()[0], 64, update="exact", **arguments)
 
 
-def test_an_unknown_update_is_refused():
-    with pytest.raises(PosteriorError, match="unknown update 'newton': one of adam"):
-        SpaM(problem()[0], 64, update="newton")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"update": "newton"}, "unknown update 'newton': one of adam"),
+        ({"n_data": 0}, "n_data must be a positive number, not 0"),
+        ({"n_data": -5}, "n_data must be a positive number, not -5"),
+        ({"temperature": 0}, "temperature must be a positive number, not 0"),
+        ({"temperature": float("nan")}, "temperature must be a positive number, not nan"),
+        ({"every": 0}, "every must be a positive number"),
+        ({"steps": 0}, "steps must be a positive number"),
+        ({"lr": -1.0}, "lr must be a positive number"),
+        ({"damping": 1.5}, "damping must be at least 0 and less than 1, not 1.5"),
+        ({"masks": {"0.weigth": None}}, "'0.weigth', which is no .*: did you mean '0.weight'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(PosteriorError, match=message):
+        SpaM(problem()[0], **{"n_data": 64, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_data": 0}, "n_data must be a positive number, not 0"),
+        ({"temperature": 0}, "temperature must be a positive number, not 0"),
+        ({"temperature": -1}, "temperature must be a positive number, not -1"),
+        ({"prior": "unitwise"}, r"give Prior\(model, 'unitwise'\)"),
+    ],
+)
+def test_a_posterior_of_numbers_that_make_no_sense_is_refused(arguments, message):
+    model, loader = problem()
+    with pytest.raises(PosteriorError, match=message):
+        fit_posterior(model, loader, **{"n_data": 64, **arguments})
 
 
 def test_a_restored_spam_goes_on_the_same():

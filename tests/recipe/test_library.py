@@ -45,3 +45,5 @@ def test_an_unknown_recipe_is_an_error_with_near_names(package: Path) -> None:
     Path("other.yaml").touch()
     with pytest.raises(RecipeError, match=r"'othr\.yaml', .*: did you mean 'other\.yaml'\?$"):
         library.find(Path("othr.yaml"))
+    with pytest.raises(RecipeError, match=r"'\./othr\.yaml', .*: valid: small$"):
+        library.find("./othr.yaml", heir=Path("other.yaml"))

@@ -46,6 +46,16 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
         ("seeds: [0, 1]", "seeds: 'no'", "r.yaml:2: seeds: 'no' is not valid: input should be a"),
         ("seeds: [0, 1]", "threads: true\nseeds: [0]", "r.yaml:2: threads: true is not valid: "),
         ("seeds: [0, 1]", "threads: '1'\nseeds: [0]", "r.yaml:2: threads: '1' is not valid: "),
+        (
+            "name: small",
+            "name: on",
+            "r.yaml:1: name: true is not valid: quote it, YAML reads it as",
+        ),
+        (
+            "ratio: 0.5",
+            "evidence: false",
+            "r.yaml:22: prune.1.targets.0.evidence: false is not valid, valid: true",
+        ),
         ("name: small", "name: Small", "r.yaml:1: name: 'Small' is not valid: string should match"),
         (
             "  name: fc_cancer",
@@ -143,6 +153,48 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
             "trainings:\n      - map\n      - spma",
             "r.yaml:25: prune.1.trainings.1: no training is called 'spma': did you mean 'spam'",
         ),
+        # settings without effect
+        (
+            "structure: unitwise",
+            "structure: unitwise\n    evidence: {damping: 0.5}",
+            "r.yaml:16: train.spam.evidence.damping: update 'adam' has no use for it: leave it "
+            "out, or at 0.0",
+        ),
+        (
+            "structure: unitwise",
+            "structure: unitwise\n    evidence: {update: mackay, lr: 0.2}",
+            "r.yaml:16: train.spam.evidence.lr: update 'mackay' has no use for it",
+        ),
+        (
+            "structure: unitwise",
+            "structure: parameterwise\n    evidence: {update: exact, lr: 0.2}",
+            "r.yaml:16: train.spam.evidence.lr: update 'exact' has no use for it",
+        ),
+        (
+            "lr: 1e-3}",
+            "lr: 1e-3, momentum: 0.5}",
+            "r.yaml:16: train.spam.optimiser.momentum: 'adam' has betas of its own",
+        ),
+        (
+            "lr: 1e-3}",
+            "lr: 1e-3, schedule: constant, min_lr: 0.0}",
+            "r.yaml:16: train.spam.optimiser.min_lr: a constant schedule does not fall",
+        ),
+        (
+            "trainings: [spam]",
+            "finetune: {curvature: {labels: ggn}}",
+            "r.yaml:23: prune.1.finetune.curvature: it is for method 'spam': leave it out",
+        ),
+        (
+            "trainings: [spam]",
+            "finetune: {prior: {structure: scalar}}",
+            "r.yaml:23: prune.1.finetune.prior.structure: it is for method 'spam': leave it out",
+        ),
+        (
+            "trainings: [spam]",
+            "ranking: per_cost",
+            "r.yaml:22: prune.1.targets.0.ratio: a ratio names no cost for ranking 'per_cost'",
+        ),
         ("[0, 1]", "[0, 0]", "r.yaml:2: seeds: [0, 0] are not distinct"),
         ("  spam:\n", "  sp/am:\n", "r.yaml:12: train.sp/am: 'sp/am' cannot name a training: use "),
         # YAML itself
@@ -157,6 +209,16 @@ def test_a_problem_is_one_line_with_its_place(
         load(write((old, new)))
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_training_by_map_may_share_the_settings_of_another(write: Write) -> None:
+    source = write(
+        (
+            "    method: map\n    epochs: 3",
+            "    method: map\n    epochs: 3\n    evidence: {steps: 7}\n    curvature: {samples: 9}",
+        )
+    )
+    assert load(source).train["map"].evidence.steps == 7
 
 
 def test_all_problems_are_found_and_the_first_is_reported_with_their_number(write: Write) -> None:

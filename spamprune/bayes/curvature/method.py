@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -13,7 +13,10 @@ from spamprune.bayes.curvature.exact import exact
 from spamprune.bayes.curvature.kron import kron
 from spamprune.bayes.curvature.sketch import sketch
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
-from spamprune.errors import PosteriorError
+from spamprune.errors import PosteriorError, nearest
+
+#: What each of these may be; the estimator may be left out too.
+_CHOICES = {"labels": Labels, "structure": Structure, "estimator": Estimator, "rest": Rest}
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class CurvatureMethod:
         rest: What becomes of parameters without Kronecker factors.
 
     Raises:
-        PosteriorError: The choices do not go together.
+        PosteriorError: A choice is unknown, or they do not go together.
     """
 
     labels: Labels = "ef"
@@ -45,6 +48,10 @@ class CurvatureMethod:
     rest: Rest = "diagonal"
 
     def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value, valid = getattr(self, name), get_args(choices)
+            if value not in valid and (name, value) != ("estimator", None):
+                raise PosteriorError(f"unknown {name} {value!r}: {nearest(str(value), valid)}")
         for name in ("samples", "draws", "group"):
             value = getattr(self, name)
             if value is not None and value < 1:

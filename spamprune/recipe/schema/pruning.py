@@ -167,6 +167,17 @@ class Structured(Units, Selective):
         return {**super().choices(), "ratios": self.ratios}
 
     @model_validator(mode="after")
+    def _ranking_has_a_cost(self) -> Structured:
+        for i, target in enumerate(self.targets):
+            if self.ranking == "per_cost" and target.ratio is not None:
+                raise fault(
+                    "a ratio names no cost for ranking 'per_cost': use 'global', or give macs, "
+                    "params or bytes",
+                    *("targets", i, "ratio"),
+                )
+        return self
+
+    @model_validator(mode="after")
     def _scratch_needs_finetune(self) -> Structured:
         if self.scratch is not None and self.finetune is None:
             raise fault("it is compared with fine-tuning: give finetune too", "scratch")

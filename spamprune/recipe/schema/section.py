@@ -32,6 +32,15 @@ def fault(message: str, *path: str | int) -> PydanticCustomError:
     return PydanticCustomError("rule", "{message}", {"message": message, "path": path})
 
 
+def idle(section: BaseModel, reason: str, *names: str) -> None:
+    """Refuse settings that have no effect, unless they have their default."""
+    for name in names:
+        default = type(section).model_fields[name].get_default(call_default_factory=True)
+        if getattr(section, name) != default:
+            number = f", or at {default}" if isinstance(default, int | float) else ""
+            raise fault(f"{reason}: leave it out{number}", name)
+
+
 def distinct(values: list[Any]) -> list[Any]:
     """Refuse repeated entries, which would count as further measurements."""
     for i, value in enumerate(values):

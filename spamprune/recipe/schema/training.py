@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, model_validator
 
 from spamprune.errors import SpampruneError
 from spamprune.recipe.schema.schedules import Gradual, Online
-from spamprune.recipe.schema.section import Section, fault
+from spamprune.recipe.schema.section import Section, fault, idle
 from spamprune.recipe.schema.variational import Variational
 
 
@@ -34,6 +34,14 @@ class Optimiser(Section):
             raise fault("a constant schedule has no warm-up: leave it out", "warmup")
         if self.min_lr > self.lr and self.schedule == "cosine":
             raise fault(f"{self.min_lr} is more than lr {self.lr}: a cosine falls", "min_lr")
+        if self.schedule != "cosine":
+            idle(self, "a constant schedule does not fall", "min_lr")
+        return self
+
+    @model_validator(mode="after")
+    def _momentum_is_used(self) -> Optimiser:
+        if self.name != "sgd":
+            idle(self, f"{self.name!r} has betas of its own: momentum is for 'sgd'", "momentum")
         return self
 
 
@@ -124,6 +132,12 @@ class Evidence(Section):
     damping: float = Field(
         0.0, ge=0, lt=1, description="For exact: weight of the old log δ in the new one."
     )
+
+    @model_validator(mode="after")
+    def _update_uses_them(self) -> Evidence:
+        others = {"adam": ("damping",), "mackay": ("lr", "damping"), "exact": ("lr",)}
+        idle(self, f"update {self.update!r} has no use for it", *others[self.update])
+        return self
 
 
 class Loss(Section):
@@ -244,10 +258,8 @@ class Train(Training):
             if self.variational is not None:
                 raise fault(f"method {self.method!r} has no use for it", "variational")
             return self
-        for name in ("prior", "curvature", "evidence", "temperature", "online", "gradual"):
-            field = type(self).model_fields[name]
-            if getattr(self, name) != field.get_default(call_default_factory=True):
-                raise fault("method 'variational' has no use for it: leave it out", name)
+        unused = ("prior", "curvature", "evidence", "temperature", "online", "gradual")
+        idle(self, "method 'variational' has no use for it", *unused)
         for name in ("mixup", "cutmix"):
             if getattr(self.loss, name):
                 raise fault(
@@ -305,3 +317,11 @@ class FineTune(Training):
     distil: Distil | None = Field(
         None, description="Learn from the trained network as it was before pruning, too."
     )
+
+    @model_validator(mode="after")
+    def _prior_is_tuned(self) -> FineTune:
+        if self.method == "map":
+            idle(self, "it is for method 'spam'", "curvature")
+            if self.prior.structure != Prior().structure:
+                raise fault("it is for method 'spam': leave it out", "prior", "structure")
+        return self
