@@ -76,8 +76,8 @@ def uses(network: nn.Module, inputs: Tensor) -> Uses:
             outputs = network(inputs)
         with torch.no_grad(), _Met(len(inputs) + 1) as more:
             network(torch.cat([inputs, inputs[:1]]))
-    for name, buffer in network.named_buffers():
-        buffer.data.copy_(buffers[name])
+    for name, before in buffers.items():
+        network.get_buffer(name).data.copy_(before)
     flags = [getattr(m, flag, False) for m in network.modules() for flag in _CHECKPOINTING]
     if any(flags) or "CheckpointFunctionBackward" in _operations(outputs):
         raise PosteriorError(
