@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from spamprune.bayes import noise, reparameterised
 from spamprune.bayes.curvature import Curvature
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
-from spamprune.bayes.parameters import check_shapes, named_parameters
+from spamprune.bayes.parameters import check_positive, check_shapes, named_parameters
 from spamprune.bayes.posterior import Posterior
 from spamprune.bayes.reduction import layers
 from spamprune.bayes.reparameterised import Weight
@@ -65,8 +65,7 @@ class MeanField(nn.Module):
         kinds = {"gaussian": LayerScale, "horseshoe": Horseshoe}
         if prior not in kinds:
             raise PosteriorError(f"unknown prior {prior!r}: one of {', '.join(kinds)}")
-        if n_data < 1:
-            raise PosteriorError(f"n_data is {n_data}: it is the number of training samples")
+        check_positive(n_data=n_data)
         parameters = named_parameters(network)
         if not parameters:
             raise PosteriorError("the network has no trainable parameters: set requires_grad")

@@ -19,7 +19,7 @@ from spamprune.engine.fit import Job, fit
 from spamprune.engine.methods import Tuned
 from spamprune.engine.objective import likelihood_of
 from spamprune.errors import PruningError
-from spamprune.pruning.masks import Masks, sparsity_of
+from spamprune.pruning.masks import Masks, gone_first, sparsity_of
 from spamprune.pruning.recalibrate import recalibrate
 from spamprune.recipe.schema import Variational
 from spamprune.report.results import EpochRecord, Inference, Reduced
@@ -66,7 +66,7 @@ class ByBound:
         proposed = {name: s <= 0 for name, s in surpluses.items()}
         # In the order of ΔF the bound falls at once: first come weights near zero which data know
         # best, and together they matter. In that of OPD it rises, and then falls.
-        order = {n: -opd.masked_fill(~old[n], -torch.inf) for n, opd in field.opd().items()}
+        order = {name: -score for name, score in gone_first(field.opd(), old).items()}
         stays = furthest(order, proposed, lambda masks: bound(masks) >= before)
         field.prune(stays)
         reduced = Reduced(
