@@ -1,7 +1,7 @@
 """Mean-field inference and sparsity by evidence: what they cost, and where the choice lies.
 
 ``python benchmarks/bmr.py cost NETWORK…`` times steps and scoring beside MAP's steps, ``memory
-NETWORK [PRIOR]`` measures how far a process grows.
+NETWORK [PRIOR]`` measures what tensors take at most, and how far a process grows.
 ``python benchmarks/bmr.py evidence RUN TRAINING…`` takes the networks of a finished run on
 Fashion-MNIST, lets the evidence choose their sparsity, and puts the choice beside fixed ones;
 ``units RUN TRAINING…`` does so with their widths.
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import spamprune as sp
 from spamprune.bayes.reduction import surplus
@@ -88,6 +91,19 @@ def peak(work: Callable[[], None]) -> float:
     return most
 
 
+def tensors(work: Callable[[], None]) -> float:
+    """Return how many bytes all tensors that some work makes take at most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    allocated = [e["args"] for e in events if e.get("name") == "[memory]"]
+    before = allocated[0]["Total Allocated"] - allocated[0]["Bytes"]
+    return max(row["Total Allocated"] for row in allocated) - before
+
+
 def cost(names: list[str]) -> None:
     """Print processor seconds of a step, and of scoring, for MAP and mean-field inference."""
     print("| network | parameters | MAP step / ms | mean field | horseshoe | scoring / s | epoch |")
@@ -125,18 +141,18 @@ def cost(names: list[str]) -> None:
 
 
 def memory(name: str, prior: str | None) -> None:
-    """Print the growth of this process over a few steps; each kind needs a process of its own."""
+    """Print what a few steps need, the network included; each kind wants a process of its own."""
     data = load(DATA, validation=0)
     batch = next(iter(data.train.loader(BATCH, seed=0)))
-    torch.manual_seed(0)
-    model = create(name)
 
     def work() -> None:
-        step, _ = trainer(model, prior, batch)
+        torch.manual_seed(0)
+        step, _ = trainer(create(name), prior, batch)
         for _ in range(3):
             step()
 
-    print(f"{name} {prior or 'map'}: {peak(work) / 1e6:.0f} MB")
+    grown, held = peak(work) / 1e6, tensors(work) / 1e6
+    print(f"{name} {prior or 'map'}: tensors {held:.0f} MB, process {grown:.0f} MB")
 
 
 @dataclass(frozen=True)

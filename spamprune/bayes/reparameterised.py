@@ -71,7 +71,7 @@ class _Draw(Function):
         noise = torch.randn_like(spread)
         ctx.save_for_backward(mean, spread, scale, mask, noise)
         weight = _Rescaled.of(mean, spread, scale, mask)
-        return weight.mean, weight.deviation.mul_(noise)
+        return weight.mean(), weight.deviation().mul_(noise)
 
     @staticmethod
     @once_differentiable
@@ -87,10 +87,8 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, *parts: Tensor) -> Tensor:
         weight, bias = _weight_and_bias(parts)
-        output = F.linear(inputs, weight.mean, bias.mean if bias else None)
-        variance = F.linear(
-            inputs.square(), weight.deviation.square_(), bias.deviation.square_() if bias else None
-        )
+        output = F.linear(inputs, weight.mean(), bias.mean() if bias else None)
+        variance = F.linear(inputs.square(), weight.variance(), bias.variance() if bias else None)
         root = variance.sqrt_()
         noise = torch.randn_like(root)
         output.addcmul_(root, noise)
@@ -107,12 +105,14 @@ class _Linear(Function):
         of_variance = ratio.mul(of_output)  # twice it: a square's derivative has another 2
         of_inputs = None
         if ctx.needs_input_grad[0]:
-            of_inputs = (of_variance @ weight.deviation.square()).mul_(inputs)
-            of_inputs.addmm_(of_output, weight.mean)
-        of_deviation = (of_variance.mT @ inputs.square()).mul_(weight.deviation)
-        found = weight.gradients(of_output.mT @ inputs, of_deviation)
+            of_inputs = (of_variance @ weight.variance()).mul_(inputs)
+            of_inputs.addmm_(of_output, weight.mean())
+        # arguments without names go as soon as they are used
+        found = weight.gradients(
+            of_output.mT @ inputs, (of_variance.mT @ inputs.square()).mul_(weight.deviation())
+        )
         if bias:
-            found += bias.gradients(of_output.sum(0), of_variance.sum(0).mul_(bias.deviation))
+            found += bias.gradients(of_output.sum(0), of_variance.sum(0).mul_(bias.deviation()))
         return of_inputs, *found
 
 
@@ -120,31 +120,45 @@ class _Linear(Function):
 class _Rescaled:
     """A weight's normal distribution with its scale in it, and the way back.
 
+    What is not kept is computed when asked for, so that few tensors of a weight's size are there
+    at a time.
+
     Attributes:
         weight: What it is of.
         held: γ where a weight stays, 0 elsewhere.
-        mean: γμ.
-        deviation: γσ.
+        sigma: σ.
     """
 
     weight: Weight
     held: Tensor
-    mean: Tensor
-    deviation: Tensor
+    sigma: Tensor
 
     @classmethod
     def of(cls, mean: Tensor, spread: Tensor, scale: Tensor, mask: Tensor) -> _Rescaled:
         """Return what the parts of a weight amount to."""
         held = torch.where(mask, scale, 0.0)
-        weight = Weight(mean, spread, scale, mask)
-        return cls(weight, held, mean * held, F.softplus(spread).mul_(held))
+        return cls(Weight(mean, spread, scale, mask), held, F.softplus(spread))
+
+    def mean(self) -> Tensor:
+        """Return γμ."""
+        return self.weight.mean * self.held
+
+    def deviation(self) -> Tensor:
+        """Return γσ."""
+        return self.sigma * self.held
+
+    def variance(self) -> Tensor:
+        """Return γ²σ²."""
+        return self.deviation().square_()
 
     def gradients(self, of_mean: Tensor, of_deviation: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients by the weight's parts from those by γμ and γσ."""
         scale = self.weight.scale
-        of_scale = (of_mean * self.mean).addcmul_(of_deviation, self.deviation)
-        of_spread = (of_deviation * self.held).mul_(self.weight.spread.sigmoid())
-        return of_mean * self.held, of_spread, of_scale.sum_to_size(scale.shape) / scale, None
+        of_mean = of_mean * self.held  # now by μ and σ
+        of_deviation = of_deviation * self.held
+        of_scale = (of_mean * self.weight.mean).addcmul_(of_deviation, self.sigma)
+        of_scale = of_scale.sum_to_size(scale.shape) / scale
+        return of_mean, of_deviation.mul_(self.weight.spread.sigmoid()), of_scale, None
 
 
 def _weight_and_bias(parts: Sequence[Tensor]) -> tuple[_Rescaled, _Rescaled | None]:
