@@ -187,6 +187,11 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
         ),
         (
             "trainings: [spam]",
+            "finetune: {evidence: {steps: 7}}",
+            "r.yaml:23: prune.1.finetune.evidence: it is for method 'spam': leave it out",
+        ),
+        (
+            "trainings: [spam]",
             "finetune: {prior: {structure: scalar}}",
             "r.yaml:23: prune.1.finetune.prior.structure: it is for method 'spam': leave it out",
         ),
