@@ -27,6 +27,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for module, mode in modes.items():  # their own methods may do more than set a flag
+            if module.training != mode:
+                module.train(mode)
         for module, mode in modes.items():
             module.training = mode
 

@@ -3,7 +3,7 @@ from torch import nn
 
 from spamprune import scores
 from spamprune.bayes.posterior import fit_posterior
-from spamprune.modules import call_with, differentiable, full_precision
+from spamprune.modules import call_with, differentiable, evaluation_mode, full_precision
 
 
 class Twice(nn.Module):
@@ -40,6 +40,25 @@ def test_given_buffers_are_used_and_the_model_s_own_stay():
     assert not torch.allclose(call_with(model, given, inputs), plain)
     assert model.norm.running_mean is mean
     torch.testing.assert_close(model(inputs), plain)
+
+
+class Merging(nn.Linear):
+    """Merges an update of its weight in evaluation mode, as layers of adapters do."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_modes_are_restored_by_the_modules_own_method():
+    model = nn.Sequential(Merging(3, 3), nn.Sequential(Merging(3, 3)))
+    model[1].eval()
+    with evaluation_mode(model):
+        assert all(layer.merged for layer in (model[0], model[1][0]))
+    assert [model.training, model[0].training, model[1].training] == [True, True, False]
+    assert [model[0].merged, model[1][0].merged] == [False, True]
 
 
 class Recurrent(nn.Module):

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.reparameterised import Weight, linear
 from spamprune.errors import PosteriorError
 
@@ -59,17 +58,18 @@ class Uses:
     flipped: frozenset[str]
 
 
-def uses(network: nn.Module, inputs: Tensor) -> Uses:
+def uses(network: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -> Uses:
     """Return how a network, in the mode that it is in, uses its parameters.
 
     Args:
         network: Its buffers and the random numbers are left as they were.
+        parameters: Those of the network that are asked about, by name.
         inputs: A batch. A dimension is that of the samples if it grows with one sample more.
 
     Raises:
         PosteriorError: The network computes activations again in the backward pass.
     """
-    names = {id(p): name for name, p in named_parameters(network).items()}
+    names = {id(p): name for name, p in parameters.items()}
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with torch.random.fork_rng():
         with torch.enable_grad(), _Met(len(inputs)) as met:

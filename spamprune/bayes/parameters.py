@@ -26,13 +26,14 @@ def check_positive(**numbers: float) -> None:
             raise PosteriorError(f"{name} must be a positive number, not {number}")
 
 
-def check_shapes(model: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Check that ``tensors`` has exactly one tensor of the right shape per parameter.
+def check_shapes(
+    parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str
+) -> None:
+    """Check that ``tensors`` has exactly one tensor of the right shape per parameter of a model.
 
     Raises:
         PosteriorError: A parameter is missing, unknown or of another shape; it is named.
     """
-    parameters = named_parameters(model)
     for name, parameter in parameters.items():
         if name not in tensors:
             raise PosteriorError(

@@ -63,7 +63,7 @@ class Posterior:
 
     def check(self, model: nn.Module) -> None:
         """Raise a :class:`PosteriorError` unless this posterior fits ``model``'s parameters."""
-        check_shapes(model, self.prior_precision, "the posterior")
+        check_shapes(named_parameters(model), self.prior_precision, "the posterior")
 
     def on(self, model: nn.Module) -> Posterior:
         """Return this posterior where the parameters of ``model`` are; files are read on the CPU.
@@ -180,19 +180,23 @@ def fit_posterior(
         seed: Of what the curvature draws.
 
     Raises:
-        PosteriorError: ``n_data`` is not given and the loader has no ``dataset``, a number is not
-            positive, or the curvature cannot be computed this way.
+        PosteriorError: ``n_data`` is not given and the loader has no ``dataset`` with a length, a
+            number is not positive, the prior is of another model, or the curvature cannot be
+            computed this way.
     """
     if n_data is None:
         dataset = getattr(loader, "dataset", None)
-        if dataset is None:
-            raise PosteriorError("this loader has no .dataset: give n_data, the number of samples")
-        n_data = len(dataset)
+        if not hasattr(dataset, "__len__"):
+            raise PosteriorError(
+                "this loader has no .dataset with a length: give n_data, the number of samples"
+            )
+        n_data = len(dataset)  # type: ignore[arg-type]
     check_positive(n_data=n_data, temperature=temperature)
     if isinstance(prior, str):
         raise PosteriorError(f"prior {prior!r} has no precision: give Prior(model, {prior!r})")
     if not isinstance(prior, Prior):
         prior = Prior(model, "scalar", prior)
+    check_shapes(named_parameters(model), prior.precision(), "the prior")
     found = fit_curvature(
         model, loader, n_data=n_data, method=curvature, likelihood=likelihood, seed=seed
     )

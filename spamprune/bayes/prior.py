@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spamprune.bayes.parameters import named_parameters
+from spamprune.bayes.parameters import check_positive, named_parameters
 from spamprune.errors import PosteriorError
 
 Structure = Literal["scalar", "layerwise", "unitwise", "parameterwise"]
@@ -18,7 +18,9 @@ Structure = Literal["scalar", "layerwise", "unitwise", "parameterwise"]
 def _factor_shapes(structure: Structure, shape: torch.Size) -> list[list[int]]:
     """Return the shapes of the factors whose logarithms add up to a tensor's log δ."""
     rank = len(shape)
-    if structure in ("scalar", "layerwise"):
+    if structure == "scalar":
+        return [[]]
+    if structure == "layerwise":
         return [[1] * rank]
     if structure == "parameterwise":
         return [list(shape)]
@@ -42,7 +44,7 @@ class Prior:
         precision: δ₀, the precision that every parameter starts with.
 
     Raises:
-        PosteriorError: The structure is unknown or the precision not positive.
+        PosteriorError: The structure is unknown or the precision not a positive number.
     """
 
     def __init__(self, model: nn.Module, structure: Structure, precision: float = 1.0):
@@ -50,8 +52,7 @@ class Prior:
             raise PosteriorError(
                 f"unknown prior structure {structure!r}: one of {', '.join(get_args(Structure))}"
             )
-        if not precision > 0:
-            raise PosteriorError(f"a prior precision must be positive, not {precision}")
+        check_positive(precision=precision)
         self.structure: Structure = structure
         self.log_factors: dict[str, list[Tensor]] = {}
         shared: Tensor | None = None
@@ -61,7 +62,7 @@ class Prior:
             if structure == "scalar":
                 if shared is None:
                     shared = torch.full((), start, device=parameter.device)
-                self.log_factors[name] = [shared.view([1] * parameter.dim())]
+                self.log_factors[name] = [shared]
             else:
                 self.log_factors[name] = [
                     torch.full(shape, start, device=parameter.device) for shape in shapes
@@ -98,7 +99,7 @@ class Prior:
         """
         for name, factors in self.log_factors.items():
             for factor, larger in zip(factors, other.log_factors[name], strict=True):
-                factor.copy_(cut(name, larger))
+                factor.copy_(cut(name, larger) if larger.dim() else larger)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the free log factors, by position."""

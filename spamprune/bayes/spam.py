@@ -21,8 +21,8 @@ from spamprune.errors import PosteriorError, nearest
 Update = Literal["adam", "exact", "mackay"]
 
 #: Starts of the names of optimisers that look like Adam or SGD and step otherwise: rectified,
-#: without bias correction, scaled by layer or orthogonalised.
-_OTHERS = ("radam", "adopt", "lars", "novograd", "nvnovograd", "muon")
+#: without bias correction, scaled by layer or orthogonalised; or that wrap another one.
+_OTHERS = ("lookahead", "radam", "adopt", "lars", "novograd", "nvnovograd", "muon")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class SpaM:
 
     Use either :meth:`penalty`, added to the loss, or :meth:`shrink`, called after each optimiser
     step. They have the same minimum; ``shrink`` is stable for any δ, where the gradient of the
-    penalty diverges once ``lr · δ T/N`` exceeds 2.
+    penalty diverges once ``lr · δ T/N`` exceeds 2. Where gradients are clipped, take the penalty:
+    ``shrink`` cannot see by how much they are, and the prior would be too strong by as much.
 
     Args:
         model: The network to train.
@@ -129,8 +130,29 @@ class SpaM:
         scale = self.temperature / self.n_data
         self._strength = {n: (d * scale).contiguous() for n, d in precision.items()}
 
+    def _check_same(self, now: dict[str, nn.Parameter]) -> None:
+        """Raise unless the prior was made for these parameters."""
+        then = self._parameters
+        changed = sorted(name for name in now | then if now.get(name) is not then.get(name))
+        if changed:
+            raise PosteriorError(
+                f"{', '.join(changed)}: frozen, unfrozen or replaced since the prior was made, "
+                "which does not act on them as on the others: make a new SpaM after such a change, "
+                "as after pruning"
+            )
+
+    def _check_there(self) -> None:
+        """Raise unless the model still has the parameters that the prior acts on."""
+        own = self.model.named_parameters()
+        self._check_same({name: p for name, p in own if name in self._parameters})
+
     def penalty(self) -> Tensor:
-        """Return ``T · ½ Σ δθ² / N``, to be added to the mean loss; δ is held fixed."""
+        """Return ``T · ½ Σ δθ² / N``, to be added to the mean loss; δ is held fixed.
+
+        Raises:
+            PosteriorError: The model has other parameters by now, as after pruning.
+        """
+        self._check_there()
         terms = [(self._strength[name] * p.square()).sum() for name, p in self._parameters.items()]
         return 0.5 * torch.stack(terms).sum()
 
@@ -144,9 +166,11 @@ class SpaM:
 
         Raises:
             PosteriorError: The optimiser is neither SGD without dampening nor of the Adam family,
-                or moves other parameters.
+                or moves other parameters, or the model has others by now, as after pruning.
         """
-        names = {id(p): name for name, p in self._parameters.items()}
+        self._check_there()
+        # what is frozen by now stays where it is, as under the penalty
+        names = {id(p): name for name, p in self._parameters.items() if p.requires_grad}
         moved = [(g, p) for g in optimizer.param_groups for p in g["params"] if id(p) in names]
         if not moved:
             raise PosteriorError(
@@ -175,8 +199,8 @@ class SpaM:
             The evidence before and after, or None when no update was due.
 
         Raises:
-            PosteriorError: There are masks, and the curvature is Kronecker-factored, or other
-                parameters are trainable than when the prior was made.
+            PosteriorError: There are masks, and the curvature is Kronecker-factored, or the model's
+                trainable parameters are others than those the prior was made for.
         """
         if not self.due(epoch):
             return None
@@ -190,9 +214,9 @@ class SpaM:
         else:
             evidence.ascend(*given, steps=self.steps, lr=self.lr, temperature=self.temperature)
         after = self._log_evidence(curvature)
+        self._refresh()
         if isinstance(self.likelihood, Regression):
             self.likelihood = self._with_noise(self.likelihood, curvature, loader)
-        self._refresh()
         return EvidenceStep(epoch, before, after)
 
     def _fit_curvature(
@@ -202,12 +226,7 @@ class SpaM:
             raise PosteriorError(
                 "Kronecker factors cannot leave out the weights that masks do: use structure 'diag'"
             )
-        changed = named_parameters(self.model).keys() ^ self._parameters.keys()
-        if changed:
-            raise PosteriorError(
-                f"{', '.join(sorted(changed))}: frozen or not since the prior was made, which does "
-                "not act on them as on the others: make a new SpaM after freezing and unfreezing"
-            )
+        self._check_same(named_parameters(self.model))
         curvature = fit_curvature(
             self.model,
             loader,
@@ -228,7 +247,10 @@ class SpaM:
         loader: Iterable[tuple[Tensor, Tensor]],
     ) -> Regression:
         """Return the likelihood with the noise that maximises the evidence under the new prior."""
-        outputs = self.n_data * next(iter(loader))[1][0].numel()
+        first = next(iter(loader), None)
+        if first is None:
+            raise PosteriorError("the loader is used up: give one that begins anew each time")
+        outputs = self.n_data * first[1][0].numel()
         constant = 0.5 * outputs * math.log(2 * math.pi * likelihood.noise)
         squares = 2 * likelihood.noise * (curvature.loss - constant)
         effective = evidence.effective_parameters(
@@ -274,12 +296,18 @@ class SpaM:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            PosteriorError: The state is that of another prior, or of another kind of targets.
+        """
         state = dict(state)
         noise = state.pop("noise", None)
+        if (noise is not None) != isinstance(self.likelihood, Regression):
+            raise PosteriorError("the saved prior belongs to another kind of likelihood")
+        self.prior.load_state_dict(state)
         if noise is not None:
             self.likelihood = Regression(noise.item())
-        self.prior.load_state_dict(state)
         self._refresh()
 
 
@@ -291,7 +319,7 @@ def _step(
     if not any(kind.startswith(_OTHERS) for kind in kinds):
         if "nesterov" in group and group.get("dampening") == 0:
             return group["lr"] / (1 - group["momentum"])
-        if parameter not in optimizer.state and "betas" in group:
+        if optimizer.state and parameter not in optimizer.state and "betas" in group:
             return 0.0  # it has had no gradient yet
         state = optimizer.state[parameter]
         if "betas" in group and "exp_avg_sq" in state and "step" in state:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from spamprune.bayes import noise, reparameterised
 from spamprune.bayes.curvature import Curvature
+from spamprune.bayes.curvature.batches import pair
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import check_positive, check_shapes, named_parameters
 from spamprune.bayes.posterior import Posterior
@@ -89,6 +90,11 @@ class MeanField(nn.Module):
                     mask[padding[id(parameters[name])]] = False
                 self.register_buffer("mask:" + name.replace(".", ":"), mask)
 
+    def _own(self) -> dict[str, nn.Parameter]:
+        """Return the network's own parameters by name, which may have been frozen since."""
+        own = dict(self.network.named_parameters())
+        return {name: own[name] for name in self._names}
+
     def _mask(self, name: str) -> Tensor:
         return self.get_buffer("mask:" + name.replace(".", ":"))
 
@@ -127,7 +133,7 @@ class MeanField(nn.Module):
         """Return the network's outputs under drawn weights."""
         mode = self.network.training
         if mode not in self._uses:
-            self._uses[mode] = noise.uses(self.network, inputs)
+            self._uses[mode] = noise.uses(self.network, self._own(), inputs)
         with noise.PerSample(self._posteriors(), self._uses[mode], len(inputs)) as drawn:
             return call_with(self.network, drawn.tensors, inputs)
 
@@ -193,7 +199,7 @@ class MeanField(nn.Module):
         Raises:
             PosteriorError: The masks are those of another network.
         """
-        check_shapes(self.network, masks, "the set of masks")
+        check_shapes(self._own(), masks, "the set of masks")
         for name, mean, spread in zip(self._names, self.means, self.spreads, strict=True):
             mask = self._mask(name)
             mask &= masks[name]
@@ -237,7 +243,8 @@ class MeanField(nn.Module):
         """
         loss, seen, device = 0.0, 0, device_of(self.network)
         with evaluation_mode(self.network):
-            for inputs, targets in loader:
+            for batch in loader:
+                inputs, targets = pair(batch)
                 outputs = self._drawn(inputs.to(device))
                 loss += likelihood.losses(outputs, targets.to(device)).double().sum().item()
                 seen += len(inputs)
@@ -254,9 +261,9 @@ class MeanField(nn.Module):
     @torch.no_grad()
     def collapse(self) -> nn.Module:
         """Set the network to the posterior means, and return it."""
-        parameters = named_parameters(self.network)
+        own = self._own()
         for name, mean in self._centre().items():
-            parameters[name].copy_(mean)
+            own[name].copy_(mean)
         return self.network
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spamprune.bayes.curvature.batches import pair
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.posterior import Posterior
@@ -113,7 +114,8 @@ class Evidence:
         """Return the loss of the whole data set as a sample tells it."""
         loss, seen, device = 0.0, 0, device_of(network)
         with evaluation_mode(network):
-            for inputs, targets in self._data:
+            for batch in self._data:
+                inputs, targets = pair(batch)
                 outputs = network(inputs.to(device))
                 losses = self._likelihood.losses(outputs, targets.to(device))
                 loss += losses.double().sum().item()
@@ -124,8 +126,8 @@ class Evidence:
 
 
 def _first(data: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    for inputs, _ in data:
-        return inputs
+    for batch in data:
+        return pair(batch)[0]
     raise PosteriorError("the evidence needs data: the loader gave no batches")
 
 

@@ -125,7 +125,7 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Raises:
         PosteriorError: The masks are those of another model.
     """
-    check_shapes(model, masks, "the set of masks")
+    check_shapes(named_parameters(model), masks, "the set of masks")
     for name, parameter in named_parameters(model).items():
         parameter.masked_fill_(~masks[name], 0)
 

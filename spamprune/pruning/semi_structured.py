@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from spamprune.bayes.parameters import check_shapes
+from spamprune.bayes.parameters import check_shapes, named_parameters
 from spamprune.errors import PruningError
 from spamprune.pruning.masks import Masks, check_numbers
 
@@ -40,7 +40,7 @@ def semi_structured_masks(
     """
     if not 0 < n < m:
         raise PruningError(f"{n}:{m} is no pattern: give 0 < n < m, such as 2 of 4")
-    check_shapes(model, scores, "the set of scores")
+    check_shapes(named_parameters(model), scores, "the set of scores")
     check_numbers(scores)
     masks = {name: torch.ones_like(s, dtype=torch.bool) for name, s in scores.items()}
     matrices = [name for name, _, _ in _matrices(model) if name in scores]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spamprune.bayes.curvature.batches import pair
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PruningError
 from spamprune.modules import call_with, device_of, differentiable
@@ -58,7 +59,8 @@ def synflow(model: nn.Module, data: Batches) -> Scores:
 
 def _ones_like_one_of(data: Batches, device: torch.device) -> Tensor:
     """Return ones shaped like a batch of one input."""
-    for inputs, _ in data:
+    for batch in data:
+        inputs, _ = pair(batch)
         if not inputs.is_floating_point():
             raise PruningError(
                 f"synflow sends ones through the network, and its inputs are {inputs.dtype}: use a "

@@ -53,6 +53,15 @@ def test_kronecker_against_the_dense_proposition(shape, groups, temperature):
     torch.testing.assert_close(block.log_det_gradient(delta, temperature), gradient)
 
 
+def test_autocast_leaves_the_products_as_they_are():
+    block, delta = kron((6, 2, 2, 2), 2)
+    block = Kronecker(block.outputs.float(), block.inputs.float(), block.shape)
+    found = block.precision(delta, 1.0), block.log_det_gradient(delta, 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = block.precision(delta, 1.0), block.log_det_gradient(delta, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 def test_one_precision_gives_the_exact_determinant(temperature):
     block, _ = kron((4, 3), 1)

@@ -186,6 +186,26 @@ def test_norms_get_an_exact_diagonal_by_default():
     assert found.how["0.weight"] == "kron: conv2d"
 
 
+class Aside(nn.Module):
+    """A head whose output is kept for later and returned by nobody."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.aside, self.head = nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(5, 3)
+
+    def forward(self, x):
+        hidden = self.body(x).tanh()
+        self.kept = self.aside(hidden)
+        return self.head(hidden)
+
+
+def test_a_layer_without_a_way_to_the_loss_has_no_curvature():
+    model = Aside().double()
+    found = kron(model, [data(8, 4)], n_data=8)
+    assert list(found.diag) == [name for name, _ in model.named_parameters()]
+    assert not found.diag["aside.weight"].any()
+
+
 def test_excluded_norms_keep_their_prior_and_are_listed():
     model, batch = normed_network(), data(8, 2, 5, 5)
     method = CurvatureMethod(structure="kron", rest="exclude")

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spamprune.bayes import noise
+from spamprune.bayes.parameters import named_parameters
 from spamprune.bayes.scales import softplus_inverse
 from spamprune.bayes.variational import MeanField
 from spamprune.errors import PosteriorError
@@ -50,7 +51,7 @@ class _Mixed(nn.Module):
 
 
 def names(model, inputs):
-    return set(noise.uses(model, inputs).once)
+    return set(noise.uses(model, named_parameters(model), inputs).once)
 
 
 def test_weights_met_once_by_one_vector_of_each_sample():
@@ -67,7 +68,7 @@ def test_called_twice_and_tied():
     layer = nn.Linear(3, 3)
     assert names(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(4, 3)) == set()
     model, inputs, _ = case("tied embedding")
-    found = noise.uses(model, inputs)
+    found = noise.uses(model, named_parameters(model), inputs)
     assert not found.once
     assert not found.flipped
 
@@ -158,7 +159,7 @@ def test_a_weight_is_one_weight_for_a_sample(name):
         for spread in field.spreads:
             spread.fill_(softplus_inverse(0.7))
     inputs = torch.randn(4, *shape, dtype=torch.float64)
-    found = noise.uses(field.network, inputs)
+    found = noise.uses(field.network, named_parameters(field.network), inputs)
     assert (found.once, found.flipped) == (once, flipped)
 
     def moments(draw):

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import timm.optim
@@ -9,6 +10,7 @@ from torch import nn
 from spamprune.bayes.curvature import CurvatureMethod
 from spamprune.bayes.likelihood import Regression
 from spamprune.bayes.posterior import fit_posterior, load_posterior
+from spamprune.bayes.prior import Prior
 from spamprune.bayes.spam import SpaM
 from spamprune.errors import PosteriorError
 
@@ -72,6 +74,7 @@ def test_shrinking_is_stable_for_any_precision():
         torch.optim.RAdam,
         *(timm.optim.get_optimizer_class(n) for n in ("adopt", "radam", "lars", "novograd")),
         *(timm.optim.get_optimizer_class(n, bind_defaults=False) for n in ("muon", "radamlegacy")),
+        lambda p: timm.optim.create_optimizer_v2(list(p), opt="lookahead_adamw", lr=0.1),
     ],
 )
 def test_shrink_refuses_an_optimiser_whose_step_it_does_not_know(make):
@@ -169,8 +172,65 @@ def test_parameters_that_were_unfrozen_since_are_named():
     first.requires_grad_(False)
     spam = SpaM(model, 64, every=1)
     first.requires_grad_(True)
-    with pytest.raises(PosteriorError, match="frozen or not since the prior was made"):
+    with pytest.raises(PosteriorError, match="frozen, unfrozen or replaced since"):
         spam.update(1, data)
+
+
+def test_parameters_that_were_replaced_since_are_named():
+    model, data = problem()
+    spam = SpaM(model, 64, every=1)
+    model[2] = nn.Linear(8, 2)
+    with pytest.raises(PosteriorError, match=r"^2\.bias, 2\.weight: frozen, unfrozen or replaced"):
+        spam.update(1, data)
+    with pytest.raises(PosteriorError, match=r"^2\.bias, 2\.weight: frozen, unfrozen or replaced"):
+        spam.posterior(data)
+    with pytest.raises(PosteriorError, match="replaced since the prior was made"):
+        spam.penalty()
+    with pytest.raises(PosteriorError, match="replaced since the prior was made"):
+        spam.shrink(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("prior", ["scalar", "unitwise"])
+def test_a_pickled_spam_goes_on_the_same(prior):
+    model, data = problem()
+    spam = SpaM(model, 64, prior=prior, every=1, steps=10)
+    other = pickle.loads(pickle.dumps(spam))
+    assert other.update(1, data) == spam.update(1, data)
+    assert other.mean_log_precision() == spam.mean_log_precision()
+
+
+def test_noise_needs_a_loader_that_begins_anew():
+    model, [(inputs, _)] = problem()
+    spam = SpaM(model, 64, likelihood=Regression(1.0), every=1, steps=10)
+    with pytest.raises(PosteriorError, match="used up"):
+        spam.update(1, iter([(inputs, torch.randn(64, 2))]))
+    strength = spam.prior.precision()["0.weight"] / 64
+    penalty = torch.autograd.grad(spam.penalty(), model[0].weight)[0]
+    torch.testing.assert_close(penalty, strength * model[0].weight)
+
+
+def test_a_state_of_other_targets_is_refused():
+    model, _ = problem()
+    of_numbers, of_classes = SpaM(model, 64, likelihood=Regression(0.3)), SpaM(model, 64)
+    for taker, giver in ((of_numbers, of_classes), (of_classes, of_numbers)):
+        with pytest.raises(PosteriorError, match="another kind of likelihood"):
+            taker.load_state_dict(giver.state_dict())
+
+
+def test_a_prior_of_another_model_is_refused_before_the_fit():
+    model, data = problem()
+    prior = Prior(nn.Linear(5, 2), "scalar")
+    with pytest.raises(PosteriorError, match=r"the prior lacks parameter '0\.weight'"):
+        fit_posterior(model, data, n_data=64, prior=prior)
+
+
+def test_a_loader_of_unknown_length_asks_for_n_data():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.zeros(5), 0)])
+
+    with pytest.raises(PosteriorError, match="give n_data"):
+        fit_posterior(problem()[0], torch.utils.data.DataLoader(Stream()))
 
 
 def test_mean_precisions_leave_out_what_is_masked():
@@ -222,6 +282,21 @@ def test_the_noise_of_a_regression_is_learned():
     assert again.likelihood == spam.likelihood
 
 
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+def test_shrink_leaves_alone_what_was_frozen_since(optimiser):
+    model, [(inputs, targets)] = problem()
+    spam = SpaM(model, 64, precision=100.0)
+    optimizer = optimisers(list(model.parameters()))[optimiser]
+    for frozen in (False, True):
+        model[0].requires_grad_(not frozen)
+        before = model[0].weight.clone()
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        spam.shrink(optimizer)
+        assert torch.equal(model[0].weight, before) == frozen
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -239,6 +314,7 @@ def test_the_closed_form_is_refused_where_there_is_none(arguments, message):
     [
         ({"update": "newton"}, "unknown update 'newton': one of adam"),
         ({"n_data": 0}, "n_data must be a positive number, not 0"),
+        ({"precision": float("inf")}, "precision must be a positive number, not inf"),
         ({"n_data": -5}, "n_data must be a positive number, not -5"),
         ({"temperature": 0}, "temperature must be a positive number, not 0"),
         ({"temperature": float("nan")}, "temperature must be a positive number, not nan"),

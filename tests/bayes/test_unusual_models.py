@@ -41,6 +41,73 @@ def test_a_use_that_only_some_batches_take_is_not_lost():
     assert how["body.w"] == "exact: matmul"
 
 
+def _missing_values(m, x):
+    rows = x @ m.w
+    rows[x[:, 0] > 10] = m.missing
+    return torch.tanh(rows) * m.u
+
+
+class _Gated(torch.autograd.Function):
+    """Sees none of the samples whose first entry is at most 10."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        return x + weight * (x[:, :1] > 10)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return gradient, (gradient * (x[:, :1] > 10)).sum(0)
+
+
+def _some_samples_only(m, x):
+    return torch.tanh(_Gated.apply(x, m.missing) @ m.w) * m.u
+
+
+@pytest.mark.parametrize("function", [_missing_values, _some_samples_only])
+def test_what_only_later_samples_use_is_not_taken_for_nothing(function):
+    inputs, targets = data(12, 4)
+    inputs[8:, 0] = 20.0
+    model = model_of(function, 4, w=(4, 4), missing=(4,), u=(4,))
+    how = check(model, (inputs, targets))
+    assert how["body.missing"] == LOOP
+    assert exact(model, [(inputs, targets)], n_data=12).diag["body.missing"].any()
+
+
+def test_a_table_whose_padding_is_counted_from_the_end():
+    def looked_up(m, x):
+        return torch.tanh(F.embedding(x, m.table, padding_idx=-1)).mean(1)
+
+    inputs = torch.arange(36).view(12, 3) % 5
+    inputs[4:, 1:] = 5
+    batch = inputs, torch.arange(12) % 3
+    model = model_of(looked_up, 4, table=(6, 4))
+    check(model, batch)
+    assert not exact(model, [batch], n_data=12).diag["body.table"][-1].any()
+
+
+class _Routed(nn.Module):
+    """Sends each sample to one of two heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
+    def forward(self, x):
+        outputs, first = x.new_zeros(len(x), 3), x[:, 0] > 0
+        for head, taken in zip(self.heads, (first, ~first), strict=True):
+            outputs[taken] = head(x[taken])
+        return outputs
+
+
+def test_batches_of_which_an_operation_sees_other_samples_each_are_refused():
+    inputs, targets = data(20, 4)
+    inputs[:8, 0] = inputs[:8, 0].abs()
+    with pytest.raises(PosteriorError, match="depends on the data; use estimator 'sketch'"):
+        exact(_Routed().double(), [(inputs, targets)], n_data=20)
+
+
 def test_the_same_operation_on_another_parameter_is_refused():
     model = model_of(lambda m, x: x * (m.a if x.shape[1] > 4 else m.b), 20, a=(4,), b=(4,))
     model.head = model.head[:4]

@@ -504,3 +504,21 @@ def test_half_precision_divergences_are_summed_in_single(prior):
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     found.backward()
     assert all(p.grad.dtype == torch.bfloat16 for p in field.means)
+
+
+def test_the_network_may_be_frozen_since():
+    network = nn.Linear(3, 2).double()
+    field = MeanField(network, 8).double()
+    network.requires_grad_(False)
+    inputs, targets = torch.randn(8, 3).double(), torch.zeros(8, dtype=torch.long)
+    assert field(inputs).requires_grad
+    field.prune({"weight": torch.zeros(2, 3).bool(), "bias": torch.ones(2).bool()})
+    posterior = field.posterior([(inputs, targets)])
+    assert not network.weight.any()
+    assert set(posterior.prior_precision) == {"weight", "bias"}
+
+
+def test_a_batch_that_is_no_pair_is_refused():
+    field = MeanField(nn.Linear(3, 2), 8)
+    with pytest.raises(PosteriorError, match="must be a pair of tensors"):
+        field.elbo([{"image": torch.zeros(8, 3), "label": torch.zeros(8)}])

@@ -82,7 +82,7 @@ def accumulate(
     seen = size = 0
     with differentiable(model):
         for batch in batches:
-            inputs, targets = _pair(batch)
+            inputs, targets = pair(batch)
             if samples is not None:
                 inputs, targets = inputs[: samples - seen], targets[: samples - seen]
             if len(inputs) == 0:
@@ -105,8 +105,12 @@ def accumulate(
     return Totals(loss.item(), int(count))
 
 
-def _pair(batch: object) -> tuple[Tensor, Tensor]:
-    """Return the inputs and targets of a batch."""
+def pair(batch: object) -> tuple[Tensor, Tensor]:
+    """Return the inputs and targets of a batch.
+
+    Raises:
+        PosteriorError: It is no pair of tensors.
+    """
     if isinstance(batch, (list, tuple)) and [isinstance(x, Tensor) for x in batch] == [True, True]:
         return batch[0], batch[1]
     kinds = ", ".join(type(x).__name__ for x in batch) if isinstance(batch, (list, tuple)) else ""

@@ -120,13 +120,19 @@ class Kronecker:
         """Return M, shape (groups, out, in)."""
         outputs, inputs = self._eigen
         blocks = delta.expand(self.shape).reshape(len(self.outputs), self.outputs.shape[-1], -1)
-        prior = outputs.squares.mT @ blocks.to(outputs.squares) @ inputs.squares
+        with self._precisely():
+            prior = outputs.squares.mT @ blocks.to(outputs.squares) @ inputs.squares
         return prior.addcmul_(outputs.values[:, :, None], inputs.values[:, None, :] / temperature)
 
     def _back(self, spectrum: Tensor) -> Tensor:
         """Return ``Q_G² spectrum (Q_A²)ᵀ``, shaped like the parameter."""
         outputs, inputs = self._eigen
-        return (outputs.squares @ spectrum @ inputs.squares.mT).reshape(self.shape)
+        with self._precisely():
+            return (outputs.squares @ spectrum @ inputs.squares.mT).reshape(self.shape)
+
+    def _precisely(self) -> torch.autocast:
+        """Return a context whose products have the factors' own precision, whatever is outside."""
+        return torch.autocast(self.outputs.device.type, enabled=False)
 
     def precision(self, delta: Tensor, temperature: float) -> Tensor:
         """Return ``Q_G² M (Q_A²)ᵀ``."""

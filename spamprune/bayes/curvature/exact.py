@@ -273,7 +273,7 @@ def add_single_squares(
     directions: Directions,
     totals: Sequence[Tensor],
     sign: float = 1,
-) -> None:
+) -> set[int]:
     """Add squared gradients of one sample (and root) at a time: slow, and right for anything.
 
     Args:
@@ -284,9 +284,14 @@ def add_single_squares(
         directions: Along which gradients are taken.
         totals: Of each parameter, added to.
         sign: −1 takes the squares off instead.
+
+    Returns:
+        Indices of the parameters that have gradients, be they zero.
     """
+    reached: set[int] = set()
 
     def consume(index: int, gradient: Tensor) -> None:
+        reached.add(index)
         gradient = at_least_single(gradient)
         totals[index].addcmul_(gradient, gradient, value=sign)
 
@@ -298,6 +303,7 @@ def add_single_squares(
                 torch.autograd.grad(
                     objective, parameters, gradient, retain_graph=not last, allow_unused=True
                 )
+    return reached
 
 
 def checked_plan(
@@ -325,9 +331,12 @@ def checked_plan(
         sums.finish()
         scales = {name: total.max() for name, total in sums.totals.items() if total.numel()}
         leaves, totals = list(parameters.values()), list(sums.totals.values())
-        add_single_squares(model, *first, leaves, fisher, totals, sign=-1)
+        reached = add_single_squares(model, *first, leaves, fisher, totals, sign=-1)
     largest = max(scales.values())
-    loops = set(plan.loops)
+    # what an operation that was not seen uses may tell nothing of these samples, and much of others
+    followed = {name for use in plan.uses for names in use.origins for name in names}
+    names = list(parameters)
+    loops = set(plan.loops) | ({names[index] for index in reached} - followed)
     for name, scale in scales.items():
         eps = torch.finfo(parameters[name].dtype).eps
         rounding = min(0.2, 30 * eps**0.5) * scale + (100 * eps) ** 2 * largest

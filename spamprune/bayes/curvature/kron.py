@@ -37,6 +37,7 @@ from spamprune.bayes.curvature.outer import (
 )
 from spamprune.bayes.curvature.passes import Plan
 from spamprune.bayes.curvature.rules import Convolution, Linear, Shift
+from spamprune.bayes.curvature.squares import zero_total
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
@@ -84,6 +85,8 @@ def kron(
     blocks = factors.blocks(scale)
     diag = {name: total.mul_(scale) for name, total in factors.totals.items()}
     diag |= {name: block.diag for name, block in blocks.items()}
+    if rest == "diagonal":  # a layer that is computed may have no way to the loss
+        diag = {name: zero_total(p) for name, p in parameters.items()} | diag
     return Curvature(
         diag={name: diag[name] for name in parameters if name in diag},
         loss=seen.loss * scale,

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from spamprune.errors import PosteriorError
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -20,8 +22,17 @@ class Layout:
     inner: bool
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
-        """Return a view of shape (samples, folded, *other axes)."""
+        """Return a view of shape (samples, folded, *other axes).
+
+        Raises:
+            PosteriorError: The axis does not hold as much of each sample.
+        """
         front = tensor.movedim(self.axis, 0)
+        if len(front) % samples:
+            raise PosteriorError(
+                f"an operation has {len(front)} rows for {samples} samples: which ones it sees "
+                "depends on the data; use estimator 'sketch', which follows no operations"
+            )
         if self.inner:
             return front.unflatten(0, (-1, samples)).transpose(0, 1)
         return front.unflatten(0, (samples, -1))
@@ -44,7 +55,7 @@ def find_layout(before: Tensor, after: Tensor, samples: int, changed: int) -> La
     moved = before != after
     if not moved.any():  # hides behind a constant: the usual place, which the check then proves
         moved = moved.clone()
-        if moved.dim() == 0 or len(moved) % samples:
+        if moved.numel() == 0 or moved.dim() == 0 or len(moved) % samples:
             return None
         return Layout(0, inner=False)
     for axis, size in enumerate(moved.shape):

@@ -258,7 +258,9 @@ def _embedding(
     sparse: bool = False,
 ) -> Found:
     if max_norm is None and not scale_grad_by_freq:
-        yield weight, Lookup(len(weight), padding_idx), (input,)
+        rows = len(weight)
+        padding = None if padding_idx is None else padding_idx % rows  # counts from the end, too
+        yield weight, Lookup(rows, padding), (input,)
 
 
 def _add(out: _Output, input: Any, other: Any, *, alpha: float = 1, sign: float = 1) -> Found:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spamprune.bayes.curvature.base import Structure
-from spamprune.bayes.curvature.batches import DEFAULT_BUDGET, examine, processes
+from spamprune.bayes.curvature.batches import DEFAULT_BUDGET, examine, pair, processes
 from spamprune.bayes.curvature.method import CurvatureMethod
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import named_parameters
@@ -75,7 +75,7 @@ def preflight(
     Raises:
         PosteriorError: There are no batches, or samples are not independent of each other.
     """
-    inputs, targets = next(iter(batches), (torch.empty(0), torch.empty(0)))
+    inputs, targets = pair(next(iter(batches), (torch.empty(0), torch.empty(0))))
     if len(inputs) == 0:
         raise PosteriorError("a preflight needs data: the loader gave no batches")
     device = device_of(model)

@@ -129,6 +129,7 @@ class Recorder(TorchFunctionMode):
         pure = [t for t in given if id(t) in self._origins]
         data = tuple(t for t in given if self._is_data(t))
         name = getattr(func, "__name__", str(func))
+        origins = tuple({id(t): (t, self._origins[id(t)]) for t in pure}.values())
         if pure and data and in_place(name):
             before = args[0].clone()
             output = func(*args, **kwargs)
@@ -138,11 +139,12 @@ class Recorder(TorchFunctionMode):
             output = func(*args, **kwargs)
         results = list(tensors_in(output))
         if not results:
+            if pure and name == "__setitem__":  # writes to data, and returns nothing
+                self._on_use(Use(name, func, args, kwargs, output, origins, data))
             return output
         of_samples = data or self._repeats(name, given, results[0])
         if of_samples:
             if pure and any(t.requires_grad for t in results):
-                origins = tuple({id(t): (t, self._origins[id(t)]) for t in pure}.values())
                 self._on_use(Use(name, func, args, kwargs, output, origins, data))
             for result in results:
                 self._mark(result)
