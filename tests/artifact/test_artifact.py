@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spamprune.artifact import artifact_bytes, load, read_config, save
@@ -222,25 +220,6 @@ def test_untied_weights_stay_untied(tmp_path: Path) -> None:
     loaded = load(save(model, tmp_path / "net"), factory=Net)
     assert loaded.tied.weight is not loaded.inner.weight
     assert_same(model, loaded, (3, 4))
-
-
-def test_fresh_process(tmp_path: Path) -> None:
-    model = create("test_resnet", num_classes=5)
-    save(halve(model, COLOUR, model.get_classifier()), tmp_path / "small")
-    x = torch.randn(COLOUR)
-    save_file({"x": x}, tmp_path / "x.safetensors")
-    script = (
-        "import sys\n"
-        "from safetensors.torch import load_file, save_file\n"
-        "from spamprune.artifact import load\n"
-        "folder, x, y = sys.argv[1:]\n"
-        "model = load(folder)\n"
-        "save_file({'y': model(load_file(x)['x']).detach()}, y)\n"
-    )
-    paths = [str(tmp_path / name) for name in ("small", "x.safetensors", "y.safetensors")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([sys.executable, "-c", script, *paths], check=True, env=environment)
-    assert torch.equal(load_file(tmp_path / "y.safetensors")["y"], model(x))
 
 
 def test_loaded_model_is_independent_of_the_file(small: Path) -> None:

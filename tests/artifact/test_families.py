@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from spamprune.artifact import read_config, save
 from spamprune.models import Source, create
+from tests.artifact.cases import COLOUR, halve
 
 SHORT = {"img_size": 64, "depth": 2}
 WINDOWS = {"img_size": 64, "depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32}
@@ -110,17 +112,25 @@ for folder in map(Path, sys.argv[1:]):
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
-    """Save every case, load all of them in one fresh process; folders and expected outputs."""
+    """Save all cases and a pruned network, load them in one fresh process.
+
+    Returns their folders and expected outputs.
+    """
     root = tmp_path_factory.mktemp("families")
     saved = {}
-    for i, (name, case) in enumerate(CASES.items()):
-        model = create(case.name, **case.kwargs).eval()
-        source = Source(case.name, {"num_classes": 5, **case.wide})
-        folder = save(model, root / str(i), source=source)
-        x = torch.randn(2, 3, case.size, case.size)
+
+    def add(name: str, model: nn.Module, x: torch.Tensor, source: Source | None = None) -> None:
+        folder = save(model.eval(), root / str(len(saved)), source=source)
         save_file({"x": x}, folder.with_suffix(".x"))
         with torch.no_grad():
             saved[name] = folder, model(x)
+
+    for name, case in CASES.items():
+        source = Source(case.name, {"num_classes": 5, **case.wide})
+        x = torch.randn(2, 3, case.size, case.size)
+        add(name, create(case.name, **case.kwargs), x, source)
+    model = create("test_resnet", num_classes=5)
+    add("pruned", halve(model, COLOUR, model.get_classifier()), torch.randn(COLOUR))
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     folders = [str(folder) for folder, _ in saved.values()]
     subprocess.run([sys.executable, "-c", LOADER, *folders], check=True, env=environment)
@@ -135,3 +145,10 @@ def test_fresh_process(name: str, outputs: dict[str, tuple[Path, torch.Tensor]])
     recorded = {key for attributes in config.attributes.values() for key in attributes}
     assert recorded >= CASES[name].changed
     assert len(config.buffers) == CASES[name].buffers
+
+
+def test_a_pruned_network_in_a_fresh_process(
+    outputs: dict[str, tuple[Path, torch.Tensor]],
+) -> None:
+    folder, expected = outputs["pruned"]
+    assert torch.equal(load_file(folder.with_suffix(".y"))["y"], expected)

@@ -46,9 +46,10 @@ def test_augmentation_depends_on_seed_and_epoch_alone(image_root: Path, augment:
         loader.set_epoch(number)
         return torch.cat([x for x, _ in loader])
 
-    assert epoch(1).shape == (10, 3, 10, 12)
-    assert torch.equal(epoch(1), epoch(1))
-    assert epoch(1).sum() != epoch(2).sum() or augment == "flip"  # pixels, not just their order
+    first = epoch(1)
+    assert first.shape == (10, 3, 10, 12)
+    assert torch.equal(first, epoch(1))
+    assert first.sum() != epoch(2).sum() or augment == "flip"  # pixels, not just their order
 
 
 def test_grey_networks_are_refused(image_root: Path) -> None:

@@ -70,6 +70,7 @@ def test_the_network_shrinks_step_by_step_to_its_absolute_budget(finished):
     assert "Gradual pruning" in page
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_learning_rates_follow_the_schedule_of_the_whole(finished, tmp_path):
     _, cell = finished
     (plain,) = run(recipe(None), tmp_path / "plain").cells
@@ -109,6 +110,7 @@ def test_precisions_are_cut_along_with_the_weights(structure):
         compaction.cut_tensor(chosen, cut.tensor, wrong)
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("after", [1, 2, 3, 4, 5])
 def test_a_training_killed_in_any_segment_ends_bit_identical(
     finished, tmp_path, monkeypatch, after
@@ -166,6 +168,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_cut_that_coarse_units_forestalled_is_left_out(tmp_path):
     """In steps of 20 of each layer's units, the first cut goes as far as the last should."""
     coarse = {"target": {"params": 0.51}, "every": 1, "end": 5, "round_to": 20}
@@ -179,6 +182,7 @@ def test_a_cut_that_coarse_units_forestalled_is_left_out(tmp_path):
     assert cut.trained == cell.dense
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_layers_that_are_down_to_a_unit_are_still_told_of(tmp_path):
     (cell,) = run(recipe({**GRADUAL, "target": {"macs": 0.03}, "every": 1}), tmp_path / "out").cells
     assert min(cell.gradual[-1].widths.values()) == 1

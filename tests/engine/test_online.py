@@ -162,6 +162,7 @@ def test_a_held_training_ends_as_sparse_as_its_last_cut(finished):
     assert cost.nonzero(saved) == cell.size.nonzero
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_unheld_weights_grow_again(finished, tmp_path, monkeypatch):
     _, cell = finished["paper"]
     assert [cut.epoch for cut in cell.online] == [2, 4, 6]
@@ -183,6 +184,7 @@ def test_unheld_weights_grow_again(finished, tmp_path, monkeypatch):
     assert seen[5] > seen[4]
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("name", ["held", "paper"])
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 5])
 def test_a_killed_training_goes_on_and_ends_bit_identical(
@@ -238,6 +240,7 @@ def test_bundled_recipes_run(name, training, tmp_path):
 # ---- afterwards ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_what_is_held_stays_pruned_in_later_experiments(tmp_path):
     """90 % gone in training: neither lighter masks nor training after them bring any back."""
     tuned = {"epochs": 2, "optimiser": {"name": "adam", "lr": 0.01}}

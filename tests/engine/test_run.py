@@ -1,6 +1,5 @@
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -142,12 +141,14 @@ def test_a_pruned_model_loads_in_a_fresh_process_and_predicts_the_same(finished)
     assert done.stdout.strip() == f"{here} False"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_two_jobs_give_the_same_weights_as_one(finished, tmp_path):
     folder, _ = finished
     run(recipe(), tmp_path / "two", jobs=2)
     check_identical(folder, tmp_path / "two")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_another_seed_gives_other_weights(finished, tmp_path):
     folder, _ = finished
     run(recipe(seeds=[1], prune=[]), tmp_path / "other")
@@ -158,43 +159,23 @@ def test_another_seed_gives_other_weights(finished, tmp_path):
     )
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from spamprune.engine import fit
-from spamprune.engine.run import run
-from spamprune.recipe import load
-epochs = 0
-fit.CHECKPOINT_SECONDS = 0
-save = fit.checkpoint.save
-def saving(*arguments):
-    global epochs
-    save(*arguments)
-    epochs += 1
-    if epochs == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-fit.checkpoint.save = saving
-run(load(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("after", [2, 7, 16])
-def test_a_killed_run_goes_on_and_ends_bit_identical(finished, tmp_path, after):
+def test_a_killed_run_goes_on_and_ends_bit_identical(finished, kill, tmp_path, after):
     """Killed in MAP's fine-tuning or training, and in the middle of SpaM's."""
     folder, _ = finished
     out = tmp_path / "killed"
-    arguments = [str(folder / "recipe.yaml"), str(out), str(after)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
-    assert done.returncode == -signal.SIGKILL
+    kill(folder / "recipe.yaml", out, after)
     assert not (out / "results.json").exists()
     run(recipe(), out, resume=True)
     check_identical(folder, out)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_an_error_in_a_worker_is_told(tmp_path):
     out = tmp_path / "out"
     two = recipe(seeds=[0, 1], train={"map": recipe().train["map"].model_dump()}, prune=[])
-    run(two, out, jobs=2)
+    run(two, out)
     (out / "map/seed1/cell.json").write_text("{")
     (out / "map/seed0/cell.json").unlink()
     with pytest.raises(OutputError, match=r"seed1.cell\.json is damaged"):
@@ -226,6 +207,7 @@ def test_killing_a_run_with_jobs_ends_its_workers(tmp_path):
     assert lines.stat().st_size == size > 0
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("what", ["loss", "weights"])
 def test_numbers_that_are_lost_stop_the_run_and_the_last_good_epoch_is_kept(
     tmp_path, monkeypatch, what
@@ -347,6 +329,7 @@ def test_folders_with_other_results_are_left_alone(finished, tmp_path):
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_results_of_other_settings_or_data_are_not_resumed(tmp_path, monkeypatch):
     out = tmp_path / "out"
     short = {"map": {"method": "map", "epochs": 1, "batch_size": 64, "optimiser": ADAM}}
@@ -368,6 +351,7 @@ def test_results_of_other_settings_or_data_are_not_resumed(tmp_path, monkeypatch
     run(out / "recipe.yaml", out, resume=True)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_resuming_a_finished_run_changes_no_weight(finished):
     folder, results = finished
     before = weights(folder)
@@ -376,6 +360,7 @@ def test_resuming_a_finished_run_changes_no_weight(finished):
     assert all(torch.equal(t, weights(folder)[n]) for n, t in before.items())
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_damaged_record_is_named(finished, tmp_path):
     out = tmp_path / "damaged"
     run(recipe(train={"map": recipe().train["map"].model_dump()}, prune=[]), out)
@@ -384,6 +369,7 @@ def test_a_damaged_record_is_named(finished, tmp_path):
         run(load(out / "recipe.yaml"), out, resume=True)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_paths_may_be_strings(tmp_path):
     source = Path(tmp_path / "r.yaml")
     source.write_text(yaml.safe_dump(recipe(prune=[]).model_dump(mode="json")))

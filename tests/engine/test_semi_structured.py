@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,33 +142,14 @@ def test_a_gpus_latencies_are_of_plain_and_compressed_weights(
     assert model[0].weight.dtype == torch.float32
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from spamprune.engine import fit
-from spamprune.engine.run import run
-from spamprune.recipe import load
-epochs = 0
-fit.CHECKPOINT_SECONDS = 0
-save = fit.checkpoint.save
-def saving(*arguments):
-    global epochs
-    save(*arguments)
-    epochs += 1
-    if epochs == 4:  # in the first fine-tuning
-        os.kill(os.getpid(), signal.SIGKILL)
-fit.checkpoint.save = saving
-run(load(sys.argv[1]), Path(sys.argv[2]))
-"""
-
-
+@pytest.mark.usefixtures("blank_figures")
 def test_a_killed_run_goes_on_and_ends_bit_identical(
-    finished: tuple[Path, Results], tmp_path: Path
+    finished: tuple[Path, Results], kill: Callable[[Path, Path, int], None], tmp_path: Path
 ) -> None:
+    """Killed in the first fine-tuning."""
     folder, results = finished
     out = tmp_path / "killed"
-    arguments = [sys.executable, "-c", KILLED, str(folder / "recipe.yaml"), str(out)]
-    assert subprocess.run(arguments, check=False).returncode < 0
+    kill(folder / "recipe.yaml", out, 4)
     again = run(recipe(), out, resume=True)
     for cell, resumed in zip(results.cells, again.cells, strict=True):
         assert cell.patterned == resumed.patterned

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from spamprune.recipe import dump, load
 from spamprune.recipe.schema import Recipe
 from spamprune.report.compare import compare
 from spamprune.report.results import Compacted, Results
-from tests.engine.test_run import KILLED
 
 ADAM = {"name": "adam", "lr": 0.003, "schedule": "constant"}
 TARGETS = [{"params": 0.5}, {"macs": 0.3}]
@@ -105,6 +103,7 @@ def test_compensation_changes_the_network_and_has_its_own_rows(
     assert len(named) == len(TARGETS)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_from_scratch_may_take_the_epochs_of_training_and_fine_tuning_together(
     finished: tuple[Path, Results], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -142,14 +141,17 @@ def test_a_forecast_counts_the_epochs_from_scratch(monkeypatch: pytest.MonkeyPat
     assert found == pytest.approx((5 + 2 + (5 + 2)) * steps + measured)
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("after", [8, 13], ids=["from scratch", "in fine-tuning"])
 def test_a_killed_run_goes_on_and_ends_bit_identical(
-    finished: tuple[Path, Results], tmp_path: Path, after: int
+    finished: tuple[Path, Results],
+    kill: Callable[[Path, Path, int], None],
+    tmp_path: Path,
+    after: int,
 ) -> None:
     folder, _ = finished
     out = tmp_path / "killed"
-    code = [sys.executable, "-c", KILLED, str(folder / "recipe.yaml"), str(out), str(after)]
-    assert subprocess.run(code, check=False).returncode < 0
+    kill(folder / "recipe.yaml", out, after)
     again = run(recipe(), out, resume=True)
     (record,), (resumed,) = of(finished[1], 2), of(again, 2)
     assert record.finetuned == resumed.finetuned

@@ -229,6 +229,7 @@ def norm_states(path: Path) -> dict[str, Tensor]:
     return {n: t for n, t in load_file(path / "model.safetensors").items() if "running" in n}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_recalibration_comes_before_the_just_pruned_accuracy(tmp_path: Path) -> None:
     """And a network from scratch takes statistics of its own, though fine-tuning freezes them."""
     structured = {"kind": "structured", "targets": [{"ratio": 0.5}], "criteria": ["random"]}

@@ -3,9 +3,6 @@
 import copy
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -32,7 +29,7 @@ from spamprune.pruning.recalibrate import recalibrate
 from spamprune.recipe import Recipe
 from spamprune.recipe.schema import Optimiser
 from spamprune.report import measure
-from tests.engine.test_run import KILLED, check_identical
+from tests.engine.test_run import check_identical
 
 CANCER = load("cancer", validation=0.1)
 ADABELIEF = {"name": "adabelief", "lr": 0.02}
@@ -204,14 +201,13 @@ def test_sparsity_by_evidence_is_recorded(finished):
         assert compacted.residual < 1e-4
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("after", [5, 9])
-def test_a_killed_training_goes_on_and_ends_bit_identical(finished, tmp_path, after):
+def test_a_killed_training_goes_on_and_ends_bit_identical(finished, kill, tmp_path, after):
     """Before the first reduction, and between the two."""
     folder, results = finished
     out = tmp_path / "killed"
-    arguments = [str(folder / "recipe.yaml"), str(out), str(after)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
-    assert done.returncode == -signal.SIGKILL
+    kill(folder / "recipe.yaml", out, after)
     again = run(recipe(), out, resume=True)
     check_identical(folder, out)
     assert [r.reduced for r in again.cells[0].history] == [

@@ -119,6 +119,7 @@ def test_settings_of_the_papers_code() -> None:
     }
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("name", "training"),
     [

@@ -24,6 +24,7 @@ from spamprune.recipe.schema import FineTune, Recipe, Train
 QUICK = ["evaluate.latency_repeats=1", "evaluate.latency_batches=[1]"]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_transfer_recipe_runs_from_a_file_of_weights(tmp_path: Path) -> None:
     """Weights of a network for other classes; its digits are the smoke variant's."""
     recipe = load(
@@ -57,6 +58,7 @@ def test_the_transfer_recipe_asks_for_what_it_promises() -> None:
     assert load("resnet18_transfer@cifar10").data.name == "cifar10"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_flagships_arithmetic_depends_on_the_device(tmp_path: Path) -> None:
     for name in ("wrn16_cifar10", "wrn16_cifar100", "resnet18_cifar10"):
         arithmetic = load(name).arithmetic

@@ -102,7 +102,7 @@ def _compacted(fragility: float, folder: str, criteria: tuple[str, ...]) -> list
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_results() -> Callable[..., Results]:
     """Return a function that makes results: trainings × seeds, with or without pruning."""
 

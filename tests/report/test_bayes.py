@@ -83,6 +83,7 @@ def test_the_table_of_choices(results, chosen):
     assert not bayes.evidence_table(results, 0).rows
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_page_names_stars_only_where_there_are_some(results, chosen, tmp_path):
     for name, shown in (("without", results), ("with", chosen[0])):
         write_results(tmp_path / name, shown)
@@ -91,6 +92,7 @@ def test_the_page_names_stars_only_where_there_are_some(results, chosen, tmp_pat
         assert ("stars the sparsity of most evidence" in pruned) == (name == "with")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_comparison_has_the_choices_and_inference(results, chosen, make_run, tmp_path):
     folder = Path(make_run("run"))
     found, _ = chosen

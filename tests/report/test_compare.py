@@ -55,6 +55,7 @@ def test_the_same_runs_give_the_same_files(two_runs: list[str]) -> None:
         assert file.read_bytes() == (second.parent / file.name).read_bytes()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_numbers_are_means_over_all_seeds(two_runs: list[str]) -> None:
     path = compare(two_runs, "out")
     accuracies = [
@@ -95,6 +96,7 @@ def test_the_numbers_are_means_over_all_seeds(two_runs: list[str]) -> None:
     assert row[column].startswith(f"{mean:.2f} ± {error:.2f}")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_every_number_has_one_line(two_runs: list[str]) -> None:
     path = compare(two_runs, "out")
     with (path.parent / "comparison.csv").open(encoding="utf-8", newline="") as file:
@@ -107,6 +109,7 @@ def test_every_number_has_one_line(two_runs: list[str]) -> None:
     assert len(lines) == 2 * (dense + masked + compacted)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_criteria_stand_together_as_in_the_paper(two_runs: list[str]) -> None:
     masked = tables(compare(two_runs, "out").read_text(encoding="utf-8"))[2]
     assert [row[:2] for row in masked[2:]] == [
@@ -117,6 +120,7 @@ def test_criteria_stand_together_as_in_the_paper(two_runs: list[str]) -> None:
     ]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_models_get_a_column_where_there_are_several(make_run: MakeRun) -> None:
     a, b = make_run("a"), make_run("b", changes={"model.name": "fc_mnist"})
     dense = tables(compare([a, b], "out").read_text(encoding="utf-8"))[1]
@@ -129,6 +133,7 @@ def test_models_get_a_column_where_there_are_several(make_run: MakeRun) -> None:
     ]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_other_versions_are_said(make_run: MakeRun) -> None:
     a, b = make_run("a"), make_run("b", first_seed=2, environment={"torch": "9.9"})
     text = compare([a, b], "out").read_text(encoding="utf-8")
@@ -136,6 +141,7 @@ def test_other_versions_are_said(make_run: MakeRun) -> None:
     assert "differ in" not in compare([a], "alone").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_seeds_that_differ_within_a_row_are_said(make_run: MakeRun) -> None:
     a = make_run("a")
     b = make_run("b", first_seed=2, seeds=1, compacted=False, keep=("opd",))
@@ -150,6 +156,7 @@ def test_dense_networks_alone(make_run: MakeRun, make_results: Callable[..., Res
     assert len(tables(path.read_text(encoding="utf-8"))) == 2
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_targets_that_are_almost_the_same_are_not_one(make_run: MakeRun) -> None:
     run = make_run("a", trainings={"map": "map"}, masked=False, criteria=("opd",))
     results = read_results(Path(run))

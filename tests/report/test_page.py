@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 import torch
@@ -16,15 +17,18 @@ from spamprune.report.page import write
 from spamprune.report.results import Results, write_results
 from spamprune.report.tables import masked_table
 
+if TYPE_CHECKING:
+    from playwright.sync_api import BrowserContext
+
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 
 
-@pytest.fixture
-def run(tmp_path: Path, make_results: Callable[..., Results]) -> Path:
-    """Return a run's folder with everything that a page can show."""
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, make_results: Callable[..., Results]) -> Path:
+    """Return a run's folder with everything that a page can show, and its page."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
     results = make_results()
     write_results(folder, results)
     (folder / "recipe.yaml").write_text("name: lenet_fmnist  # <recipe>\n", encoding="utf-8")
@@ -43,11 +47,12 @@ def run(tmp_path: Path, make_results: Callable[..., Results]) -> Path:
     bank = {"dense/conv1": weight, "masked/conv1": masked, "compacted/conv1": masked[3:].clone()}
     (folder / "figures").mkdir()
     save_file(bank, folder / "figures" / "filter_banks.safetensors")
+    write(folder)
     return folder
 
 
 def test_page_says_what_was_measured(run: Path) -> None:
-    page = write(run).read_text(encoding="utf-8")
+    page = (run / "report.html").read_text(encoding="utf-8")
     assert "with &lt;tags&gt; &amp; ampersands" in page
     assert "A &amp; B &lt;processor&gt;" in page
     assert "# &lt;recipe&gt;" in page
@@ -68,7 +73,8 @@ def test_page_says_what_was_measured(run: Path) -> None:
 
 
 def test_page_is_the_same_twice(run: Path) -> None:
-    assert write(run).read_bytes() == write(run).read_bytes()
+    first = (run / "report.html").read_bytes()
+    assert write(run).read_bytes() == first
 
 
 def test_page_without_pruning(tmp_path: Path, make_results: Callable[..., Results]) -> None:
@@ -79,6 +85,7 @@ def test_page_without_pruning(tmp_path: Path, make_results: Callable[..., Result
     assert "Parameters</h2>" not in page
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_page_of_a_pruning_that_failed(
     tmp_path: Path, make_results: Callable[..., Results]
 ) -> None:
@@ -112,46 +119,55 @@ def test_without_cells(tmp_path: Path, make_results: Callable[..., Results]) -> 
         write(tmp_path)
 
 
-def test_damaged_filter_banks(run: Path) -> None:
-    path = run / "figures" / "filter_banks.safetensors"
+@pytest.mark.usefixtures("blank_figures")
+def test_damaged_filter_banks(run: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    path = damaged / "figures" / "filter_banks.safetensors"
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(OutputError, match="filter_banks"):
-        write(run)
+        write(damaged)
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None and "CI" not in os.environ, reason="needs a Chromium to look at the page"
-)
-@pytest.mark.parametrize("width", [1280, 420])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_page_in_a_browser(run: Path, tmp_path: Path, width: int, scheme: str) -> None:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
+    if CHROMIUM is None and "CI" not in os.environ:
+        pytest.skip("needs a Chromium to look at the page")
     from playwright.sync_api import sync_playwright
 
-    page_path = write(run)
-    problems: list[str] = []
-    requests: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch_persistent_context(
-            tmp_path / "profile",
+            tmp_path_factory.mktemp("chromium") / "profile",
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--disable-gpu"],
-            viewport={"width": width, "height": 900},
-            color_scheme=scheme,
         )
-        page = browser.new_page()
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(page_path.as_uri())
-        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        pictures = page.locator("svg, img")
-        boxes = [pictures.nth(i).bounding_box() for i in range(pictures.count())]
-        visible = [pictures.nth(i).is_visible() for i in range(pictures.count())]
-        widths = page.evaluate(
-            "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-        )
-        ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+        yield browser
         browser.close()
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_in_a_browser(
+    run: Path, browser: BrowserContext, width: int, scheme: Literal["light", "dark"]
+) -> None:
+    page_path = run / "report.html"
+    problems: list[str] = []
+    requests: list[str] = []
+    page = browser.new_page()
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(page_path.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    pictures = page.locator("svg, img")
+    boxes = [pictures.nth(i).bounding_box() for i in range(pictures.count())]
+    visible = [pictures.nth(i).is_visible() for i in range(pictures.count())]
+    widths = page.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    page.close()
     assert problems == []
     # a picture inside a figure is part of the file
     assert [url for url in requests if not url.startswith("data:")] == [page_path.as_uri()]

@@ -12,6 +12,7 @@ GRID = {"map": "map", **{f"spam-{i}": "spam" for i in range(8)}}
 CRITERIA = ("opd", "grasp", "snip", "magnitude")
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("how", "expected"),
     [

@@ -103,6 +103,7 @@ def test_figures_and_tables_name_what_they_show(results: Results) -> None:
     assert "conv1 4, fc 20" in table
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_page_has_both_sections_and_calls_nothing_unpruned_that_is_not(
     results: Results, tmp_path: Path
 ) -> None:
@@ -116,18 +117,24 @@ def test_the_page_has_both_sections_and_calls_nothing_unpruned_that_is_not(
     assert (tmp_path / "figures" / "online.svg").is_file()
 
 
-def test_networks_that_training_pruned_make_no_headline(results: Results, tmp_path: Path) -> None:
+@pytest.fixture
+def collapsed(results: Results) -> Results:
+    """The results, with accuracies of "held" that masks and smaller networks easily keep."""
     plain = results.cells[0]
     for cell in results.cells:
         if cell.training == "held":
-            cell.dense.accuracy = 20.0  # which masks and smaller networks easily keep
+            cell.dense.accuracy = 20.0
             cell.masked = [m.model_copy(update={"requested": 0.999}) for m in plain.masked]
             cell.compacted = [
                 c.model_copy(update={"size": c.size.model_copy(update={"bytes": 4})})
                 for c in plain.compacted
             ]
-    write_results(tmp_path / "both", results)
-    written = page.write(tmp_path / "both").read_text()
+    return results
+
+
+def test_networks_that_training_pruned_make_no_headline(collapsed: Results, tmp_path: Path) -> None:
+    write_results(tmp_path, collapsed)
+    written = page.write(tmp_path).read_text()
     head, figures = written[: written.index("<h2>")], written[written.index("<h2>") :]
     assert "of the weights of plain go by" in head
     assert "fewer MACs at 89.3 % (unpruned 89.8 %; plain, opd, uniform)" in head
@@ -135,12 +142,19 @@ def test_networks_that_training_pruned_make_no_headline(results: Results, tmp_pa
     assert "10.0× fewer bytes" in figures
     assert "60170.0× fewer bytes" not in figures
     assert "sp.load(&#x27;cells/plain-0/artifacts/" in figures
-    results.cells = [cell for cell in results.cells if cell.training == "held"]
-    write_results(tmp_path / "held", results)
-    written = page.write(tmp_path / "held").read_text()
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_networks_that_training_pruned_are_called_unpruned_nowhere(
+    collapsed: Results, tmp_path: Path
+) -> None:
+    collapsed.cells = [cell for cell in collapsed.cells if cell.training == "held"]
+    write_results(tmp_path, collapsed)
+    written = page.write(tmp_path).read_text()
     assert "unpruned" not in written[: written.index("<h2>")]
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_without_cuts_there_is_no_section(
     make_results: Callable[..., Results], tmp_path: Path
 ) -> None:
@@ -180,7 +194,9 @@ def test_the_terminal_shows_the_last_cuts(results: Results) -> None:
 
 
 @pytest.fixture
-def compared(results: Results, make_run: Callable[..., str], tmp_path: Path) -> Path:
+def compared(
+    results: Results, make_run: Callable[..., str], tmp_path: Path, blank_figures: None
+) -> Path:
     """Return the folder of a comparison of one run, whose results these are."""
     trainings = dict.fromkeys(("plain", "held", "paper", "small"), "spam")
     folder = Path(make_run("run", trainings=trainings))
@@ -227,6 +243,7 @@ def test_a_comparison_has_their_numbers(compared: Path) -> None:
     assert kinds == {"plain": "dense", **dict.fromkeys(("held", "paper", "small"), "trained")}
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_without_cuts_a_comparison_has_no_section(
     make_run: Callable[..., str], tmp_path: Path
 ) -> None:
