@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from spamprune.bayes.curvature.trace import COMPOSITES
-from spamprune.pruning.axes.axis import Axis, concat, cut, factor, leaves, mix, product
+from spamprune.pruning.axes.axis import Axis, concat, cut, factor, fix, leaves, mix, product
 from spamprune.pruning.axes.logits import Logits
+from spamprune.pruning.axes.rules.layout import keep_equal
 from spamprune.pruning.axes.sizes import Size, expression_of
 
 if TYPE_CHECKING:
@@ -133,6 +135,34 @@ def _item(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
             _interval(code, axis, k.start, k.stop)
 
 
+def _assignment(code: Code, *call: Any) -> None:
+    _number(code, *call)
+    _item(code, *call)
+
+
+def _boundaries(
+    code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, dim: int = 0
+) -> None:
+    """Note where a list of indices, or a number of parts, cuts an axis."""
+    given = dict(zip(("input", "where", "dim"), args, strict=False)) | kwargs
+    dim = given.get("dim", dim)
+    names = ("where", "indices_or_sections", "tensor_indices_or_sections", "indices", "sections")
+    where = next(given[n] for n in names if n in given)
+    axis = code.recorder.axes(args[0])[dim]
+    why = f"tensor_split in {code.recorder.where or 'the model'} needs all of its positions"
+    if isinstance(where, Tensor):
+        fix(axis, why)
+    elif isinstance(where, int):
+        keep_equal(axis, [code.recorder.axes(part)[dim] for part in result], why)
+    else:
+        for index in where:
+            _interval(code, axis, 0, index)
+
+
+def _columns(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    _boundaries(code, args, kwargs, result, dim=min(args[0].dim() - 1, 1))
+
+
 def _interval(code: Code, axis: Axis, start: Any, stop: Any) -> None:
     """Note where code cuts an axis."""
     if all(leaf.fixed for leaf in leaves(axis)) or (start in (None, 0) and stop is None):
@@ -222,7 +252,7 @@ _ARITHMETIC = (
     *("subtract", "multiply", "divide", "true_divide", "float_power", "lerp", "clamp", "clip"),
     *("__floordiv__", "__rsub__", "__rdiv__", "__rfloordiv__", "__rmod__", "__rpow__"),
     *("addcmul", "addcdiv", "addmm", "baddbmm", "gt", "ge", "lt", "le", "eq", "ne", "__eq__"),
-    *("__ne__", "where", "masked_fill", "fill", "full", "full_like", "new_full", "__setitem__"),
+    *("__ne__", "where", "masked_fill", "fill", "full", "full_like", "new_full"),
 )
 _SITES: _Sites = {
     **{name + ending: _number for name in _ARITHMETIC for ending in ("", "_")},
@@ -240,4 +270,8 @@ _SITES: _Sites = {
     "unflatten": _unflatten,
     "narrow": _narrow,
     "__getitem__": _item,
+    "__setitem__": _assignment,
+    **dict.fromkeys(("tensor_split", "vsplit"), _boundaries),
+    "hsplit": _columns,
+    "dsplit": partial(_boundaries, dim=2),
 }
