@@ -18,7 +18,7 @@ from spamprune.pruning.axes.rules.layout import keep_equal
 from spamprune.pruning.axes.sizes import Size, expression_of
 
 if TYPE_CHECKING:
-    from spamprune.pruning.axes.trace import Recorder
+    from spamprune.pruning.axes.recorder import Recorder
 
 _Sites = dict[str, Callable[["Code", tuple[Any, ...], dict[str, Any], Any], None]]
 
