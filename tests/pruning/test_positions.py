@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from spamprune.pruning.units import DEFAULT_KINDS
@@ -85,3 +84,48 @@ def test_an_assignment_to_one_half_keeps_halves_equal():
 )
 def test_parts_between_given_boundaries_keep_them(forward, widths):
     assert left(forward) == widths
+
+
+def scores_and_labels(m, x):
+    best = m.b(m.a(x).relu()).max(-1)
+    return {"scores": best.values, "labels": best.indices}
+
+
+def test_classes_stay_where_the_output_says_which_is_the_largest():
+    model = disturbed(Net(scores_and_labels, a=nn.Linear(6, 8), b=nn.Linear(8, 5)))
+    found, _ = pruned(model, inputs(ROW))
+    assert (found.widths(), found.comparable) == ({"a": 4}, True)
+
+
+def routed(m, x):
+    weight, expert = m.gate(x).max(-1)
+    made = torch.stack([expert(x) for expert in m.experts], 1)
+    return m.b(weight[:, None] * made[torch.arange(len(x)), expert])
+
+
+def looked_up(m, x):
+    return m.b(m.e(m.gate(x).median(-1).indices))
+
+
+def read_by_python(m, x):
+    places = m.gate(x).min(-1).indices.tolist()
+    return m.b(torch.stack([m.e.weight[place] for place in places]))
+
+
+@pytest.mark.parametrize("forward", [routed, looked_up, read_by_python])
+def test_what_is_looked_up_by_the_place_of_the_largest_stays(forward):
+    layers = {"gate": nn.Linear(6, 8), "e": nn.Embedding(8, 10), "b": nn.Linear(10, 2)}
+    layers["experts"] = nn.ModuleList(nn.Linear(6, 10) for _ in range(8))
+    found, _ = pruned(disturbed(Net(forward, **layers)), inputs(ROW))
+    assert "gate" not in found.widths()
+    assert found.comparable
+    assert any(n.startswith("gate: 8 channels left whole: m") for n in found.notes)
+
+
+def test_units_whose_largest_is_taken_go_where_nobody_asks_which_it_is():
+    def forward(m, x):
+        h = m.a(x)
+        return m.b(h * h.max(1, keepdim=True)[0])
+
+    model = disturbed(Net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 4)))
+    assert pruned(model, inputs(ROW))[0].widths() == {"a": 4}

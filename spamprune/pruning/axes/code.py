@@ -221,6 +221,10 @@ def _length(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
     mix(code.recorder.axes(args[0])[0], "its length is taken")
 
 
+def _listed(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    code.recorder.shadow(args[0]).asked()
+
+
 def _attention(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     _number(code, args, kwargs, result)
     given = dict(zip(("query", "key"), args, strict=False)) | kwargs
@@ -258,6 +262,7 @@ _SITES: _Sites = {
     **{name + ending: _number for name in _ARITHMETIC for ending in ("", "_")},
     **dict.fromkeys(("tensor", "as_tensor", "new_tensor"), _values),
     "__len__": _length,
+    **dict.fromkeys(("tolist", "numpy"), _listed),
     **dict.fromkeys(("view", "reshape", "expand", "new_zeros", "new_ones", "new_empty"), _layout),
     **dict.fromkeys(("zeros", "ones", "empty"), _creation),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),

@@ -129,19 +129,21 @@ class Recorder(TorchDispatchMode):
             )
         several = result if isinstance(result, (tuple, list)) else [result]
         outputs = [t for t in several if isinstance(t, Tensor)]
-        if not outputs:
-            return result
         name, positional, defaults = signature(func)
         values = defaults | dict(zip(positional, args, strict=False)) | (kwargs or {})
         values = {key: self._shadowed(value) for key, value in values.items()}
         shapes = [tuple(t.shape) for t in outputs]
         call = Call(name, values, shapes, self.where, self.costs, self.calls)
+        read = call.tensors()
+        for shadow in read:
+            shadow.asked()
+        if not outputs:
+            return result
         self.calls += 1
         rule = RULES.get(name)
         if rule is None:
             rule = pointwise if torch.Tag.pointwise in func.tags else unknown
         found = rule(call)
-        read = call.tensors()
         is_data = any(shadow.is_data for shadow in read)
         for tensor, axes in zip(outputs, found, strict=True):
             shadow = self._known(tensor)
@@ -153,6 +155,7 @@ class Recorder(TorchDispatchMode):
             shadow.is_data |= is_data
             shadow.makers.append(call)
             call.outputs.append(shadow)
+        call.outputs[-1].places = call.places
         for shadow in read:
             shadow.readers.append(call)
         return result

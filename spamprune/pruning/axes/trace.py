@@ -132,8 +132,9 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             f"{type(model).__name__} returns a {type(output).__name__}, in which no tensor is "
             "found: let it return tensors, or tuples, lists or dictionaries of them"
         )
-    for tensor in tensors:
-        for axis in recorder.axes(tensor):
+    for shadow in map(recorder.shadow, tensors):
+        shadow.asked()
+        for axis in shadow.axes:
             fix(axis, "the model's output")
     for shadow in recorder.named.values():
         if not shadow.readers:  # nothing tells what it goes with, such as a mask token
