@@ -660,6 +660,36 @@ def test_a_traced_model_is_left_as_it_was(fails):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_that_a_forward_pass_changes_are_as_before(fails):
+    def forward(m, x):
+        m.calls += 1
+        m.seen = m.seen + x.sum()
+        assert not fails, "as wanted"
+        return m.h(m.a(x))
+
+    model = Net(forward, a=nn.Linear(16, 8), h=nn.Linear(8, 3))
+    model.register_buffer("calls", torch.zeros((), dtype=torch.long))
+    model.register_buffer("seen", torch.zeros(()))
+    model.register_buffer("wide", torch.zeros(1).expand(8))
+    seen = model.seen
+    if fails:
+        with pytest.raises(PruningError, match="as wanted"):
+            trace(model, torch.randn(TOKENS))
+    else:
+        trace(model, torch.randn(TOKENS))
+    assert model.seen is seen
+    assert (model.calls, model.seen) == (0, 0)
+
+
+def test_layers_without_shapes_want_a_forward_pass_first():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3))
+    with pytest.raises(PruningError, match=r"0\.weight has no shape yet: run the Seq.* once first"):
+        trace(model, torch.randn(TOKENS))
+    model(torch.randn(TOKENS))
+    assert pruned(model.double(), inputs(TOKENS))[0].widths() == {"0": 4}
+
+
 def test_a_trace_is_the_same_every_time():
     make, shape, _ = CASES["shuffle"]
     torch.manual_seed(0)
@@ -679,6 +709,19 @@ def test_outputs_without_tensors_are_refused():
     model = Net(lambda m, x: Wrapped(m.h(m.a(x))), a=nn.Linear(16, 8), h=nn.Linear(8, 3))
     with pytest.raises(PruningError, match="returns a Wrapped, in which no tensor is found"):
         trace(model, torch.randn(TOKENS))
+
+
+def test_outputs_of_which_some_hide_tensors_are_refused():
+    def forward(m, x):
+        y = m.a(x)
+        return {"logits": m.h(y), "sizes": (y.shape, 1.0, None, "an output"), "more": m.wrap(y)}
+
+    model = Net(forward, a=nn.Linear(16, 8), h=nn.Linear(8, 3))
+    model.wrap = Wrapped
+    with pytest.raises(PruningError, match="returns a Wrapped, in which no tensor is found"):
+        trace(model, torch.randn(TOKENS))
+    model.wrap = torch.relu
+    assert [len(shape) for shape in trace(model, torch.randn(TOKENS)).outputs] == [3, 3]
 
 
 def test_classes_stay_where_the_output_is_the_place_of_the_best():
@@ -724,6 +767,17 @@ def test_what_cannot_be_followed_is_left_whole_with_the_reason_and_the_rest_goes
     found, _ = pruned(model, inputs(TOKENS))
     assert found.widths() == {"h": 5, "b": 4}
     assert any(note.startswith("a: ") and why in note for note in found.notes)
+
+
+@pytest.mark.parametrize("own", [{}, {"affine": True}, {"track_running_stats": True}])
+def test_instance_norms_know_their_channels(own, recwarn):
+    model = disturbed(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, **own), nn.Conv2d(8, 6, 3))
+    )
+    found, small = pruned(model, inputs(IMAGE))
+    assert (found.widths(), small[1].num_features) == ({"0": 4}, 4)
+    assert not [w for w in recwarn if "InstanceNorm" in str(w.message)]
+    assert small[0](inputs((3, 8, 8))).shape == small[1](small[0](inputs((3, 8, 8)))).shape
 
 
 def test_what_a_forward_pass_does_not_use_stays_as_it_is():

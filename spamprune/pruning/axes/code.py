@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -205,6 +206,13 @@ def _layer_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     code.bind(shape, code.recorder.axes(args[0])[-len(shape) :])
 
 
+def _instance_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Note the number of channels that the module compares with those of its input."""
+    module = code.recorder.stack[-1] if code.recorder.stack else None
+    if isinstance(module, _InstanceNorm):
+        code.bind([module.num_features], [code.recorder.axes(args[0])[1]])
+
+
 def _number(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """Note the sizes that code computes with; those in a shape are none of these."""
     for value in (*args, *kwargs.values()):
@@ -269,6 +277,7 @@ _SITES: _Sites = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    "instance_norm": _instance_norm,
     **dict.fromkeys(("matmul", "__matmul__", "bmm"), _product),
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("group_norm", "channel_shuffle", "native_channel_shuffle"), _channel_groups),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from spamprune.errors import PruningError
@@ -31,6 +32,9 @@ from spamprune.pruning.axes.sizes import (
     solve,
     tracked,
 )
+
+#: What an output may hold beside tensors: nothing that tensors can hide in.
+_PLAIN = (type(None), int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 @dataclass
@@ -113,8 +117,15 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             f"the example is a {type(example).__name__}: give the tensor that is the network's "
             "input, (B, ...)"
         )
+    _check_shapes(model)
     recorder = Recorder(model)
-    with evaluation_mode(model), torch.no_grad(), _plain_kernels(), recorder.modules():
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        _plain_kernels(),
+        _same_buffers(model),
+        recorder.modules(),
+    ):
         try:
             with tracked(model) as numbers, recorder, Code(recorder):
                 output = model(recorder.data(example))
@@ -126,13 +137,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
                 f"{tuple(example.shape)}: in {recorder.where or 'the model'}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    if not tensors:
-        raise PruningError(
-            f"{type(model).__name__} returns a {type(output).__name__}, in which no tensor is "
-            "found: let it return tensors, or tuples, lists or dictionaries of them"
-        )
-    for shadow in map(recorder.shadow, tensors):
+    for shadow in map(recorder.shadow, _tensors(model, output)):
         shadow.asked()
         for axis in shadow.axes:
             fix(axis, "the model's output")
@@ -150,6 +155,28 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
     mix_numbers(numbers, recorder.bound, result.sizes, model, result.tensors)
     _settle(result, recorder.bound)
     return result
+
+
+def _check_shapes(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise PruningError(
+                f"{name} has no shape yet: run the {type(model).__name__} once first, "
+                "model(example)"
+            )
+
+
+def _tensors(model: nn.Module, output: object) -> list[Tensor]:
+    """Return the tensors that a network gave, once it is sure that these are all."""
+    given = tree_leaves(output)
+    tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+    others = [leaf for leaf in given if not isinstance(leaf, (Tensor, *_PLAIN))]
+    if others or not tensors:
+        raise PruningError(
+            f"{type(model).__name__} returns a {type((*others, output)[0]).__name__}, in which no "
+            "tensor is found: let it return tensors, or tuples, lists or dictionaries of them"
+        )
+    return tensors
 
 
 def shapes_of(output: object) -> list[torch.Size]:
@@ -219,3 +246,18 @@ def _plain_kernels() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.backends.cudnn.enabled = cudnn
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers that a forward pass changes or replaces, such as a count of its calls."""
+    own = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffers, before in own:
+            buffers.update(before)
+        for buffer, value in values:
+            if not torch.equal(buffer, value):  # nobody can write to one that was expanded
+                buffer.data.copy_(value)
