@@ -503,11 +503,15 @@ def test_what_saves_nothing_goes_last_however_low_its_score():
         ({"kinds": ["hidden", "heds"]}, "no kind 'heds': one of heads"),
         ({"round_to": 0}, "round_to is 0"),
         ({"min_units": -1}, "min_units is -1"),
+        ({"ignored": "conv1"}, r"ignored is one string, 'conv1': give a list, \['conv1'\]"),
+        ({"kinds": "hidden"}, r"kinds is one string, 'hidden': give a list, \['hidden'\]"),
     ],
 )
 def test_arguments_are_checked(network, options, message):
     with pytest.raises(PruningError, match=message):
         plan(network, image(), magnitudes(network), Target(ratio=0.5), **options)
+    with pytest.raises(PruningError, match=message):
+        check_reachable(network, image(), [Target(ratio=0.5)], **options)
 
 
 def test_frozen_parameters_have_no_score_but_go_with_their_units():
