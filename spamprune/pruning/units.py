@@ -16,7 +16,7 @@ from spamprune.pruning.axes.axis import Axis, factors, indices, leaves
 from spamprune.pruning.axes.call import SPACE
 from spamprune.pruning.axes.trace import Trace
 from spamprune.pruning.block import BlockOPD
-from spamprune.pruning.slices import Slice, sum_over_units
+from spamprune.pruning.slices import Slice, owner, sum_over_units
 
 #: What units are scored by: a score for every trainable parameter by name, or block OPD.
 Scores = Mapping[str, Tensor] | BlockOPD
@@ -85,13 +85,15 @@ def groups(
         if len(slices) == 1 and not slices[0].name.endswith(("weight", "bias")):
             continue  # tokens or queries that are learned: no layer's units
         producer = _producer(slices, parameters)
-        layer = producer.name.rpartition(".")[0] or producer.name
+        layer = owner(producer.name)[0] or producer.name
         kind = _kind(axis, primary.get(axis))
         if axis.fixed:
             if kind in kinds and producer.dim == 0 and _is_output(modules.get(layer), axis):
                 notes.append(f"{layer}: {axis.size} {_WORDS[kind]} left whole: {axis.fixed}")
             continue
-        if kind not in kinds or any(_layer(s) in kept and _is_made(s, modules) for s in slices):
+        if kind not in kinds or any(
+            owner(s.name)[0] in kept and _is_made(s, modules) for s in slices
+        ):
             continue
         name = _unique(layer if kind in ("hidden", "width") else f"{layer}:{kind}", names)
         shape = (kind, *sorted(_sort(modules, s, parameters) for s in slices))
@@ -125,17 +127,13 @@ def _pieces(trace: Trace) -> dict[Axis, list[Slice]]:
     return found
 
 
-def _layer(piece: Slice) -> str:
-    return piece.name.rpartition(".")[0]
-
-
 def _is_made(piece: Slice, modules: Mapping[str, nn.Module]) -> bool:
     """Tell whether a piece belongs to the outputs of its layer."""
+    layer, own = owner(piece.name)
     transposed = isinstance(
-        modules.get(_layer(piece)),
-        (nn.modules.conv._ConvTransposeNd, nn.Embedding, nn.EmbeddingBag),
+        modules.get(layer), (nn.modules.conv._ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)
     )
-    return piece.dim == int(transposed and piece.name.endswith("weight"))
+    return piece.dim == int(transposed and own.endswith("weight"))
 
 
 def _producer(slices: Sequence[Slice], parameters: Mapping[str, Tensor]) -> Slice:
@@ -206,7 +204,7 @@ def _sort(
     modules: Mapping[str, nn.Module], piece: Slice, parameters: Mapping[str, Tensor]
 ) -> tuple[str, str, int]:
     """Return the class of a piece's layer, its own name there and the dimension."""
-    path, _, own = piece.name.rpartition(".")
+    path, own = owner(piece.name)
     return type(modules.get(path)).__name__, own, piece.dim
 
 

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from spamprune.pruning.units import DEFAULT_KINDS
-from tests.pruning.test_trace import Net, disturbed, inputs, pruned
-
-ROW = (3, 6)
+from tests.pruning.test_trace import ROW, Net, disturbed, inputs, pruned
 
 
 def selected(index):

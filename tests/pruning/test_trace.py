@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrize
 
 from spamprune.errors import PruningError
 from spamprune.pruning.assemble import assemble
@@ -25,6 +26,7 @@ from spamprune.pruning.units import KINDS, groups, importance
 
 IMAGE = (2, 3, 8, 8)
 TOKENS = (2, 5, 16)
+ROW = (3, 6)
 
 
 def disturbed(model):
@@ -778,6 +780,37 @@ def test_instance_norms_know_their_channels(own, recwarn):
     assert (found.widths(), small[1].num_features) == ({"0": 4}, 4)
     assert not [w for w in recwarn if "InstanceNorm" in str(w.message)]
     assert small[0](inputs((3, 8, 8))).shape == small[1](small[0](inputs((3, 8, 8)))).shape
+
+
+class Squared(nn.Module):
+    """A parametrisation under which a masked weight is zero."""
+
+    def forward(self, weight):
+        return weight * weight
+
+
+def test_parametrised_layers_are_layers():
+    layers = (nn.Conv1d(6, 8, 1), nn.ConvTranspose1d(8, 10, 1), nn.Conv1d(10, 4, 1))
+    model = disturbed(nn.Sequential(*layers))
+    parametrize.register_parametrization(model[1], "weight", Squared())
+    assert pruned(model, inputs((2, 6, 3)))[0].widths() == {"0": 4, "1": 5}
+    found, small = pruned(model, inputs((2, 6, 3)), ignored=["1"])
+    assert found.widths() == {"0": 4}
+    assert (small[1].in_channels, small[1].out_channels) == (4, 10)
+
+
+def test_a_layer_behind_a_pruned_one_may_have_a_spectral_norm():
+    norm = nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(nn.Linear(6, 8), norm(nn.Linear(8, 5)), nn.Linear(5, 4)).double().train()
+    found, small = pruned(model, inputs(ROW))
+    assert found.widths() == {"0": 4}
+    assert (small[1].in_features, small[1].out_features) == (4, 5)
+    assert any(n.startswith("1: 5 channels left whole: vdot") for n in found.notes)
+    vectors = model.state_dict()
+    assert all(torch.equal(v, vectors[k]) for k, v in small.state_dict().items() if "._u" in k)
+    model[0], model[2] = norm(model[0]), norm(model[2])
+    with pytest.raises(PruningError, match="nothing of Sequential can be pruned: 0: 8 chan.* vdot"):
+        pruned(model, inputs(ROW))
 
 
 def test_what_a_forward_pass_does_not_use_stays_as_it_is():
