@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -100,7 +100,7 @@ def groups(
         found.append(
             Group(name, kind, axis, tuple(slices), axis.joint, _positions(axis, slices), shape)
         )
-    return found, notes
+    return found, notes + _idle(model, trace.unread)
 
 
 _WORDS: dict[Kind, str] = {
@@ -111,6 +111,25 @@ _WORDS: dict[Kind, str] = {
     "width": "channels",
     "hidden": "channels",
 }
+
+
+def _idle(model: nn.Module, unread: Set[str]) -> list[str]:
+    """Return notes on modules no parameter of which was read, each with all that it holds."""
+    read = (name for name, _ in model.named_parameters() if name not in unread)
+    busy = {path for name in read for path in _above(name)}
+    idle = (path for name, _ in model.named_parameters() for path in _above(name))
+    outermost = {path: None for path in idle if path not in busy and busy.issuperset(_above(path))}
+    return [
+        f"{path}: did not run in evaluation mode, and still expects all of its inputs: drop it, or "
+        "ignore the layers that feed it"
+        for path in outermost
+    ]
+
+
+def _above(name: str) -> list[str]:
+    """Return the paths of the modules that hold a tensor or module, the model itself left out."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _pieces(trace: Trace) -> dict[Axis, list[Slice]]:

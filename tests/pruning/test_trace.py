@@ -809,7 +809,9 @@ def test_a_layer_behind_a_pruned_one_may_have_a_spectral_norm():
     vectors = model.state_dict()
     assert all(torch.equal(v, vectors[k]) for k, v in small.state_dict().items() if "._u" in k)
     model[0], model[2] = norm(model[0]), norm(model[2])
-    with pytest.raises(PruningError, match="nothing of Sequential can be pruned: 0: 8 chan.* vdot"):
+    with pytest.raises(
+        PruningError, match=r"nothing of Sequential can be pruned: 0: 8 chan.* vdot"
+    ):
         pruned(model, inputs(ROW))
 
 
@@ -822,3 +824,17 @@ def test_what_a_forward_pass_does_not_use_stays_as_it_is():
     assert small.norm.weight.shape == small.norm.bias.shape == (8,)
     assert small.mask_token.shape == (1, 1, 8)
     assert any("unused: 4 channels left whole" in note for note in found.notes)
+
+
+def test_modules_that_run_only_in_training_are_named():
+    def forward(m, x):
+        y = m.a(x)
+        return (m.h(y), m.aux(y)) if m.training else m.h(y)
+
+    model = Net(forward, a=nn.Linear(16, 8), h=nn.Linear(8, 3)).double()
+    model.aux = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 3)))
+    model.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
+    notes = [n for n in pruned(model, inputs(TOKENS))[0].notes if "did not run" in n]
+    assert [note.partition(":")[0] for note in notes] == ["aux"]
+    model.eval().aux = None
+    assert not any("did not run" in n for n in pruned(model, inputs(TOKENS))[0].notes)

@@ -48,6 +48,7 @@ class Trace:
         folds: Attention whose logits change their scale with the depth of a head.
         outputs: Shapes of the network's outputs.
         bundles: Leaves that lose units in step, since code wants their counts to stay equal.
+        unread: Names of the parameters and buffers that the forward pass did without.
     """
 
     tensors: dict[str, Axes]
@@ -56,6 +57,7 @@ class Trace:
     sizes: list[tuple[Expression, Axis]] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
     bundles: list[bundles.Bundle] = field(default_factory=list)
+    unread: frozenset[str] = frozenset()
 
     def macs(self, kept: Mapping[Axis, int]) -> int:
         """Return the multiply-accumulates where each leaf axis keeps ``kept`` positions."""
@@ -141,16 +143,17 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         shadow.asked()
         for axis in shadow.axes:
             fix(axis, "the model's output")
-    for shadow in recorder.named.values():
-        if not shadow.readers:  # nothing tells what it goes with, such as a mask token
-            for axis in shadow.axes:
-                fix(axis, "the forward pass does not use it")
+    unread = frozenset(name for name, shadow in recorder.named.items() if not shadow.readers)
+    for name in unread:  # nothing tells what it goes with, such as a mask token
+        for axis in recorder.named[name].axes:
+            fix(axis, "the forward pass does not use it")
     result = Trace(
         {name: shadow.axes for name, shadow in recorder.named.items()},
         shapes_of(output),
         recorder.costs,
         recorder.sizes,
         [fold(logits) for logits in recorder.logits],
+        unread=unread,
     )
     mix_numbers(numbers, recorder.bound, result.sizes, model, result.tensors)
     _settle(result, recorder.bound)
