@@ -123,7 +123,7 @@ def _tried(wanted: Chosen, example: Tensor) -> tuple[Plan, list[Candidate], list
     """Return a plan, the candidates without which the network runs, and notes on the others."""
     whole, parts = wanted.plan(None), wanted.parts()
     prune = partial(_prune, wanted, whole, parts)
-    broken = trial.broken(example, wanted.traced.outputs, parts, prune)
+    broken = trial.broken(example, wanted.traced, parts, prune)
     notes = [
         f"{m.group.layer}: left whole: {broken[c.name]}"
         for c in wanted.candidates

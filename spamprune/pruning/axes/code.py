@@ -231,6 +231,7 @@ def _length(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
 
 def _listed(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     code.recorder.shadow(args[0]).asked()
+    code.recorder.looked = True
 
 
 def _attention(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:

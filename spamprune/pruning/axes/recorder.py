@@ -28,6 +28,8 @@ LIMIT = 600
 _NOT_A_PARAMETER = "a tensor that is neither parameter nor buffer"
 #: In-place operations after which a tensor has other axes.
 _RELAID = frozenset({"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"})
+#: Marks of operations whose result, or the size of it, is not known before they run.
+_LOOKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class Recorder(TorchDispatchMode):
@@ -41,6 +43,7 @@ class Recorder(TorchDispatchMode):
         self.logits: list[Logits] = []
         self.bound: dict[Attribute, Axis] = {}
         self.calls = 0
+        self.looked = False  # whether Python looked at data, so that these may say what it does
         self.stack: list[nn.Module] = []
         self._paths = {id(m): name for name, m in model.named_modules()}
         self._shadows: dict[int, tuple[weakref.ref[Tensor], Shadow]] = {}
@@ -137,6 +140,7 @@ class Recorder(TorchDispatchMode):
         read = call.tensors()
         for shadow in read:
             shadow.asked()
+        self.looked |= not _LOOKS.isdisjoint(func.tags) and not _by_number(call)
         if not outputs:
             return result
         self.calls += 1
@@ -167,6 +171,13 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, (list, tuple)):
             return [self._shadowed(item) for item in value]
         return value
+
+
+def _by_number(call: Call) -> bool:
+    """Tell an index by numbers, whose size is known, from one by a mask."""
+    return call.name in ("index", "_unsafe_index") and not any(
+        table.dtype.itemsize == 1 for table in call["indices"] if table is not None
+    )
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -32,6 +32,7 @@ from spamprune.pruning.axes.sizes import (
     solve,
     tracked,
 )
+from spamprune.pruning.axes.steps import Steps
 
 #: What an output may hold beside tensors: nothing that tensors can hide in.
 _PLAIN = (type(None), int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
@@ -49,6 +50,7 @@ class Trace:
         outputs: Shapes of the network's outputs.
         bundles: Leaves that lose units in step, since code wants their counts to stay equal.
         unread: Names of the parameters and buffers that the forward pass did without.
+        steps: Names of the functions that code called, None where its way depends on the data.
     """
 
     tensors: dict[str, Axes]
@@ -58,6 +60,7 @@ class Trace:
     folds: list[Fold] = field(default_factory=list)
     bundles: list[bundles.Bundle] = field(default_factory=list)
     unread: frozenset[str] = frozenset()
+    steps: list[str] | None = None
 
     def macs(self, kept: Mapping[Axis, int]) -> int:
         """Return the multiply-accumulates where each leaf axis keeps ``kept`` positions."""
@@ -129,7 +132,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         recorder.modules(),
     ):
         try:
-            with tracked(model) as numbers, recorder, Code(recorder):
+            with tracked(model) as numbers, recorder, Code(recorder), Steps() as steps:
                 output = model(recorder.data(example))
         except PruningError:
             raise
@@ -154,6 +157,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         recorder.sizes,
         [fold(logits) for logits in recorder.logits],
         unread=unread,
+        steps=None if recorder.looked else steps.names,
     )
     mix_numbers(numbers, recorder.bound, result.sizes, model, result.tensors)
     _settle(result, recorder.bound)
