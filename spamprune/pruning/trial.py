@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import zip_longest
 
 from torch import Tensor, nn
@@ -47,14 +48,20 @@ def broken(
             return "without its units the network's outputs have other shapes"
         if traced.steps in (None, steps.names):
             return None
-        return _detour(_again(prune(()), example), _again(small, example))
+        # it may have been the first to run, and keep what it made for later calls
+        return _detour(second_steps(), _steps(small, example))
+
+    @cache
+    def second_steps() -> list[str]:
+        whole = prune(())
+        _steps(whole, example)
+        return _steps(whole, example)
 
     return _culprits(parts, failure)
 
 
-def _again(network: nn.Module, example: Tensor) -> list[str]:
-    """Return the functions that a network calls once it has whatever it keeps for later calls."""
-    outputs_of(network, example)
+def _steps(network: nn.Module, example: Tensor) -> list[str]:
+    """Return the functions that a network's code calls."""
     with Steps() as steps:
         outputs_of(network, example)
     return steps.names

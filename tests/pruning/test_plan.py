@@ -622,6 +622,20 @@ def test_what_code_keeps_for_later_calls_is_no_other_way():
     assert not found.notes
 
 
+def test_where_the_code_goes_the_same_way_a_plan_runs_two_networks_once():
+    runs = []
+
+    def forward(m, x):
+        runs.append(m.a.out_features)
+        y = m.a(x)
+        y[:, 0] = 0.0
+        return m.c(y.view(*y.shape).relu())
+
+    model = Net(forward, a=nn.Linear(6, 9), c=nn.Linear(9, 3))
+    plan(model, torch.randn(2, 6), magnitudes(model), Target(ratio=0.5))
+    assert runs == [9, 5]
+
+
 def test_an_odd_number_of_heads_goes_no_other_way():
     torch.manual_seed(0)
     attention = nn.MultiheadAttention(24, 6, batch_first=True)

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Steps(TorchFunctionMode):
-    """Notes the torch functions that code calls, but those that only ask something of a tensor.
+    """Notes the torch functions that code calls, of those that make or write tensors.
 
     Attributes:
         names: Of the functions, one after another.
@@ -21,7 +21,7 @@ class Steps(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        makes = result is None or any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
-        if makes and name != "__get__":
+        makes = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        if name == "__setitem__" or (makes and name != "__get__"):
             self.names.append(name)
         return result
