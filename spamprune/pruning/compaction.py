@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from spamprune.errors import PruningError, nearest
 from spamprune.modules import evaluation_mode, full_precision
+from spamprune.pruning.slices import owner
 from spamprune.pruning.units import Kind
 
 Ranking = Literal["uniform", "global", "per_cost", "isomorphic"]
@@ -141,13 +142,14 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """
     small = _copy(model, _smaller(model, plan))
     _set_attributes(small, plan)
-    changed = {cut.tensor.rpartition(".")[0] for cut in plan.cuts} | plan.attributes.keys()
-    for path, module in small.named_modules():
-        if path in changed:
-            _describe(module)
-        cache = getattr(module, "attention_bias_cache", None)
-        if isinstance(cache, dict):
-            cache.clear()
+    changed = {owner(cut.tensor)[0] for cut in plan.cuts} | plan.attributes.keys()
+    with evaluation_mode(small):  # in training some parametrisations change when a weight is read
+        for path, module in small.named_modules():
+            if path in changed:
+                _describe(module)
+            cache = getattr(module, "attention_bias_cache", None)
+            if isinstance(cache, dict):
+                cache.clear()
     return small
 
 

@@ -62,7 +62,7 @@ def plan(
             prune, the ratio is too small to remove a unit, or the budget cannot be reached.
         PosteriorError: The scores do not fit the network.
     """
-    _check(ranking, kinds, min_units, round_to)
+    _check(ranking, kinds, min_units, round_to, ignored)
     if not isinstance(target, Target):
         raise PruningError(f"target {target!r} is no Target: give for example Target(ratio=0.5)")
     if target.evidence is not None and target.evidence.model is not model:
@@ -89,7 +89,12 @@ def plan(
         notes += more
 
 
-def _check(ranking: str, kinds: Sequence[str], min_units: int, round_to: int) -> None:
+def _check(
+    ranking: str, kinds: Sequence[str], min_units: int, round_to: int, ignored: Iterable[str]
+) -> None:
+    for name, names in {"kinds": kinds, "ignored": ignored}.items():
+        if isinstance(names, str):  # which would be taken letter by letter
+            raise PruningError(f"{name} is one string, {names!r}: give a list, [{names!r}]")
     given = [(ranking, get_args(Ranking), "ranking"), *((kind, KINDS, "kind") for kind in kinds)]
     for value, known, what in given:
         if value not in known:
@@ -118,7 +123,7 @@ def _tried(wanted: Chosen, example: Tensor) -> tuple[Plan, list[Candidate], list
     """Return a plan, the candidates without which the network runs, and notes on the others."""
     whole, parts = wanted.plan(None), wanted.parts()
     prune = partial(_prune, wanted, whole, parts)
-    broken = trial.broken(example, wanted.traced.outputs, parts, prune)
+    broken = trial.broken(example, wanted.traced, parts, prune)
     notes = [
         f"{m.group.layer}: left whole: {broken[c.name]}"
         for c in wanted.candidates
@@ -167,6 +172,7 @@ def check_reachable(
     Raises:
         PruningError: As :func:`plan` would.
     """
+    _check(ranking, kinds, min_units, round_to, ignored)
     traced = trace(model, example)
     found, notes = groups(model, traced, kinds=kinds, ignored=ignored)
     anything = {name: p.detach().abs() for name, p in model.named_parameters()}

@@ -33,6 +33,17 @@ class Slice:
     groups: int = 1
 
 
+def owner(name: str) -> tuple[str, str]:
+    """Return the path of the layer that a tensor belongs to, and what it is called there.
+
+    All that a parametrised layer makes its ``weight`` of is ``weight``.
+    """
+    path, found, own = f".{name}".partition(".parametrizations.")
+    if not found:
+        path, _, own = path.rpartition(".")
+    return path[1:], own.partition(".")[0]
+
+
 def sum_over_units(
     pieces: Iterable[Slice], scores: Mapping[str, Tensor], units: int, dtype: torch.dtype
 ) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ from spamprune.pruning.axes.axis import Axis, factors, indices, leaves
 from spamprune.pruning.axes.call import SPACE
 from spamprune.pruning.axes.trace import Trace
 from spamprune.pruning.block import BlockOPD
-from spamprune.pruning.slices import Slice, sum_over_units
+from spamprune.pruning.slices import Slice, owner, sum_over_units
 
 #: What units are scored by: a score for every trainable parameter by name, or block OPD.
 Scores = Mapping[str, Tensor] | BlockOPD
@@ -85,20 +85,22 @@ def groups(
         if len(slices) == 1 and not slices[0].name.endswith(("weight", "bias")):
             continue  # tokens or queries that are learned: no layer's units
         producer = _producer(slices, parameters)
-        layer = producer.name.rpartition(".")[0] or producer.name
+        layer = owner(producer.name)[0] or producer.name
         kind = _kind(axis, primary.get(axis))
         if axis.fixed:
             if kind in kinds and producer.dim == 0 and _is_output(modules.get(layer), axis):
                 notes.append(f"{layer}: {axis.size} {_WORDS[kind]} left whole: {axis.fixed}")
             continue
-        if kind not in kinds or any(_layer(s) in kept and _is_made(s, modules) for s in slices):
+        if kind not in kinds or any(
+            owner(s.name)[0] in kept and _is_made(s, modules) for s in slices
+        ):
             continue
         name = _unique(layer if kind in ("hidden", "width") else f"{layer}:{kind}", names)
         shape = (kind, *sorted(_sort(modules, s, parameters) for s in slices))
         found.append(
             Group(name, kind, axis, tuple(slices), axis.joint, _positions(axis, slices), shape)
         )
-    return found, notes
+    return found, notes + _idle(model, trace.unread)
 
 
 _WORDS: dict[Kind, str] = {
@@ -109,6 +111,25 @@ _WORDS: dict[Kind, str] = {
     "width": "channels",
     "hidden": "channels",
 }
+
+
+def _idle(model: nn.Module, unread: Set[str]) -> list[str]:
+    """Return notes on modules no parameter of which was read, each with all that it holds."""
+    read = (name for name, _ in model.named_parameters() if name not in unread)
+    busy = {path for name in read for path in _above(name)}
+    idle = (path for name, _ in model.named_parameters() for path in _above(name))
+    outermost = {path: None for path in idle if path not in busy and busy.issuperset(_above(path))}
+    return [
+        f"{path}: did not run in evaluation mode, and still expects all of its inputs: drop it, or "
+        "ignore the layers that feed it"
+        for path in outermost
+    ]
+
+
+def _above(name: str) -> list[str]:
+    """Return the paths of the modules that hold a tensor or module, the model itself left out."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _pieces(trace: Trace) -> dict[Axis, list[Slice]]:
@@ -125,17 +146,13 @@ def _pieces(trace: Trace) -> dict[Axis, list[Slice]]:
     return found
 
 
-def _layer(piece: Slice) -> str:
-    return piece.name.rpartition(".")[0]
-
-
 def _is_made(piece: Slice, modules: Mapping[str, nn.Module]) -> bool:
     """Tell whether a piece belongs to the outputs of its layer."""
+    layer, own = owner(piece.name)
     transposed = isinstance(
-        modules.get(_layer(piece)),
-        (nn.modules.conv._ConvTransposeNd, nn.Embedding, nn.EmbeddingBag),
+        modules.get(layer), (nn.modules.conv._ConvTransposeNd, nn.Embedding, nn.EmbeddingBag)
     )
-    return piece.dim == int(transposed and piece.name.endswith("weight"))
+    return piece.dim == int(transposed and own.endswith("weight"))
 
 
 def _producer(slices: Sequence[Slice], parameters: Mapping[str, Tensor]) -> Slice:
@@ -206,7 +223,7 @@ def _sort(
     modules: Mapping[str, nn.Module], piece: Slice, parameters: Mapping[str, Tensor]
 ) -> tuple[str, str, int]:
     """Return the class of a piece's layer, its own name there and the dimension."""
-    path, _, own = piece.name.rpartition(".")
+    path, own = owner(piece.name)
     return type(modules.get(path)).__name__, own, piece.dim
 
 

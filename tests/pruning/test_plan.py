@@ -19,6 +19,7 @@ from spamprune.pruning import cost
 from spamprune.pruning.compaction import Plan, apply, masked, verify
 from spamprune.pruning.plan import Target, check_reachable, plan
 from tests.pruning.test_importance import Branches, resnet
+from tests.pruning.test_trace import Net
 
 
 def image():
@@ -503,11 +504,15 @@ def test_what_saves_nothing_goes_last_however_low_its_score():
         ({"kinds": ["hidden", "heds"]}, "no kind 'heds': one of heads"),
         ({"round_to": 0}, "round_to is 0"),
         ({"min_units": -1}, "min_units is -1"),
+        ({"ignored": "conv1"}, r"ignored is one string, 'conv1': give a list, \['conv1'\]"),
+        ({"kinds": "hidden"}, r"kinds is one string, 'hidden': give a list, \['hidden'\]"),
     ],
 )
 def test_arguments_are_checked(network, options, message):
     with pytest.raises(PruningError, match=message):
         plan(network, image(), magnitudes(network), Target(ratio=0.5), **options)
+    with pytest.raises(PruningError, match=message):
+        check_reachable(network, image(), [Target(ratio=0.5)], **options)
 
 
 def test_frozen_parameters_have_no_score_but_go_with_their_units():
@@ -570,6 +575,89 @@ def test_two_layers_that_fail_only_together_lose_one():
     found = plan(model, torch.randn(2, 6), magnitudes(model), Target(ratio=0.5))
     assert found.widths() == {"a": 4}
     assert [n for n in found.notes if n.startswith("b: ") and "one of them must be 8" in n]
+
+
+def halves(m, x):
+    y = m.a(x).relu()
+    for _ in range(0, y.shape[1], 4):
+        y = y / 2
+    return m.d(m.c(m.b(y).relu()))
+
+
+def adds_what_is_alike(m, x):
+    y = m.a(x)
+    z = m.b(y).relu()
+    return m.d(m.c(z + y if z.shape == y.shape else z))
+
+
+@pytest.mark.parametrize(
+    ("forward", "width", "left", "why"),
+    [
+        (halves, 12, {"b": 12, "c": 4}, "it calls linear in place of "),
+        (adds_what_is_alike, 8, {"b": 8, "c": 4}, "it calls add in place of linear"),
+    ],
+)
+def test_what_makes_the_code_go_another_way_stays(forward, width, left, why):
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(6, 16), "b": nn.Linear(16, width), "c": nn.Linear(width, 8)}
+    model = Net(forward, d=nn.Linear(8, 3), **layers)
+    ratios = {"a": 0.5, "b": 0.0}
+    found = plan(model, torch.randn(2, 6), magnitudes(model), Target(ratio=0.5), ratios=ratios)
+    assert found.widths() == left
+    assert any(n.startswith("a: left whole: ") and why in n for n in found.notes)
+
+
+def test_what_code_keeps_for_later_calls_is_no_other_way():
+    kept = {}
+
+    def forward(m, x):
+        y = m.a(x)
+        if y.shape[1] not in kept:
+            kept[y.shape[1]] = torch.arange(len(y))[:, None] + 1
+        return m.c(y.relu() / kept[y.shape[1]])
+
+    model = Net(forward, a=nn.Linear(6, 8), c=nn.Linear(8, 3))
+    found = plan(model, torch.randn(2, 6), magnitudes(model), Target(ratio=0.5))
+    assert found.widths() == {"a": 4}
+    assert not found.notes
+
+
+def test_where_the_code_goes_the_same_way_a_plan_runs_two_networks_once():
+    runs = []
+
+    def forward(m, x):
+        runs.append(m.a.out_features)
+        y = m.a(x)
+        y[:, 0] = 0.0
+        return m.c(y.view(*y.shape).relu())
+
+    model = Net(forward, a=nn.Linear(6, 9), c=nn.Linear(9, 3))
+    plan(model, torch.randn(2, 6), magnitudes(model), Target(ratio=0.5))
+    assert runs == [9, 5]
+
+
+def test_an_odd_number_of_heads_goes_no_other_way():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(24, 6, batch_first=True)
+    model = Net(lambda m, x: m.h(m.a(*[m.c(x)] * 3)[0]), a=attention, c=nn.Linear(6, 24))
+    model.h = nn.Linear(24, 3)
+    found = plan(model, torch.randn(2, 5, 6), magnitudes(model), Target(ratio=0.5))
+    assert found.widths() == {"a:heads": 3, "c": 12, "a.out_proj": 12}
+
+
+def test_a_way_that_the_data_choose_may_be_another():
+    ways = []
+
+    def forward(m, x):
+        y = m.a(x).relu()
+        ways.append(bool(y.sum() < 0.95 * whole))
+        return m.c(y * 2 if ways[-1] else y)
+
+    torch.manual_seed(0)
+    model, example = Net(forward, a=nn.Linear(6, 8), c=nn.Linear(8, 3)), torch.randn(2, 6)
+    whole = model.a(example).relu().sum()
+    found = plan(model, example, magnitudes(model), Target(ratio=0.5))
+    assert (found.widths(), ways) == ({"a": 4}, [False, True])
 
 
 def test_a_network_that_looks_at_its_data_is_pruned_along_the_way_it_took():

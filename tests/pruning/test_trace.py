@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import torch_pruning as tp
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrize
 
 from spamprune.errors import PruningError
 from spamprune.pruning.assemble import assemble
@@ -25,6 +26,7 @@ from spamprune.pruning.units import KINDS, groups, importance
 
 IMAGE = (2, 3, 8, 8)
 TOKENS = (2, 5, 16)
+ROW = (3, 6)
 
 
 def disturbed(model):
@@ -660,6 +662,36 @@ def test_a_traced_model_is_left_as_it_was(fails):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_that_a_forward_pass_changes_are_as_before(fails):
+    def forward(m, x):
+        m.calls += 1
+        m.seen = m.seen + x.sum()
+        assert not fails, "as wanted"
+        return m.h(m.a(x))
+
+    model = Net(forward, a=nn.Linear(16, 8), h=nn.Linear(8, 3))
+    model.register_buffer("calls", torch.zeros((), dtype=torch.long))
+    model.register_buffer("seen", torch.zeros(()))
+    model.register_buffer("wide", torch.zeros(1).expand(8))
+    seen = model.seen
+    if fails:
+        with pytest.raises(PruningError, match="as wanted"):
+            trace(model, torch.randn(TOKENS))
+    else:
+        trace(model, torch.randn(TOKENS))
+    assert model.seen is seen
+    assert (model.calls, model.seen) == (0, 0)
+
+
+def test_layers_without_shapes_want_a_forward_pass_first():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3))
+    with pytest.raises(PruningError, match=r"0\.weight has no shape yet: run the Seq.* once first"):
+        trace(model, torch.randn(TOKENS))
+    model(torch.randn(TOKENS))
+    assert pruned(model.double(), inputs(TOKENS))[0].widths() == {"0": 4}
+
+
 def test_a_trace_is_the_same_every_time():
     make, shape, _ = CASES["shuffle"]
     torch.manual_seed(0)
@@ -679,6 +711,19 @@ def test_outputs_without_tensors_are_refused():
     model = Net(lambda m, x: Wrapped(m.h(m.a(x))), a=nn.Linear(16, 8), h=nn.Linear(8, 3))
     with pytest.raises(PruningError, match="returns a Wrapped, in which no tensor is found"):
         trace(model, torch.randn(TOKENS))
+
+
+def test_outputs_of_which_some_hide_tensors_are_refused():
+    def forward(m, x):
+        y = m.a(x)
+        return {"logits": m.h(y), "sizes": (y.shape, 1.0, None, "an output"), "more": m.wrap(y)}
+
+    model = Net(forward, a=nn.Linear(16, 8), h=nn.Linear(8, 3))
+    model.wrap = Wrapped
+    with pytest.raises(PruningError, match="returns a Wrapped, in which no tensor is found"):
+        trace(model, torch.randn(TOKENS))
+    model.wrap = torch.relu
+    assert [len(shape) for shape in trace(model, torch.randn(TOKENS)).outputs] == [3, 3]
 
 
 def test_classes_stay_where_the_output_is_the_place_of_the_best():
@@ -726,6 +771,50 @@ def test_what_cannot_be_followed_is_left_whole_with_the_reason_and_the_rest_goes
     assert any(note.startswith("a: ") and why in note for note in found.notes)
 
 
+@pytest.mark.parametrize("own", [{}, {"affine": True}, {"track_running_stats": True}])
+def test_instance_norms_know_their_channels(own, recwarn):
+    model = disturbed(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, **own), nn.Conv2d(8, 6, 3))
+    )
+    found, small = pruned(model, inputs(IMAGE))
+    assert (found.widths(), small[1].num_features) == ({"0": 4}, 4)
+    assert not [w for w in recwarn if "InstanceNorm" in str(w.message)]
+    assert small[0](inputs((3, 8, 8))).shape == small[1](small[0](inputs((3, 8, 8)))).shape
+
+
+class Squared(nn.Module):
+    """A parametrisation under which a masked weight is zero."""
+
+    def forward(self, weight):
+        return weight * weight
+
+
+def test_parametrised_layers_are_layers():
+    layers = (nn.Conv1d(6, 8, 1), nn.ConvTranspose1d(8, 10, 1), nn.Conv1d(10, 4, 1))
+    model = disturbed(nn.Sequential(*layers))
+    parametrize.register_parametrization(model[1], "weight", Squared())
+    assert pruned(model, inputs((2, 6, 3)))[0].widths() == {"0": 4, "1": 5}
+    found, small = pruned(model, inputs((2, 6, 3)), ignored=["1"])
+    assert found.widths() == {"0": 4}
+    assert (small[1].in_channels, small[1].out_channels) == (4, 10)
+
+
+def test_a_layer_behind_a_pruned_one_may_have_a_spectral_norm():
+    norm = nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(nn.Linear(6, 8), norm(nn.Linear(8, 5)), nn.Linear(5, 4)).double().train()
+    found, small = pruned(model, inputs(ROW))
+    assert found.widths() == {"0": 4}
+    assert (small[1].in_features, small[1].out_features) == (4, 5)
+    assert any(n.startswith("1: 5 channels left whole: vdot") for n in found.notes)
+    vectors = model.state_dict()
+    assert all(torch.equal(v, vectors[k]) for k, v in small.state_dict().items() if "._u" in k)
+    model[0], model[2] = norm(model[0]), norm(model[2])
+    with pytest.raises(
+        PruningError, match=r"nothing of Sequential can be pruned: 0: 8 chan.* vdot"
+    ):
+        pruned(model, inputs(ROW))
+
+
 def test_what_a_forward_pass_does_not_use_stays_as_it_is():
     model = Net(lambda m, x: m.h(m.a(x).relu()), a=nn.Linear(16, 8), h=nn.Linear(8, 3)).double()
     model.norm, model.mask_token = nn.LayerNorm(8), nn.Parameter(torch.zeros(1, 1, 8))
@@ -735,3 +824,17 @@ def test_what_a_forward_pass_does_not_use_stays_as_it_is():
     assert small.norm.weight.shape == small.norm.bias.shape == (8,)
     assert small.mask_token.shape == (1, 1, 8)
     assert any("unused: 4 channels left whole" in note for note in found.notes)
+
+
+def test_modules_that_run_only_in_training_are_named():
+    def forward(m, x):
+        y = m.a(x)
+        return (m.h(y), m.aux(y)) if m.training else m.h(y)
+
+    model = Net(forward, a=nn.Linear(16, 8), h=nn.Linear(8, 3)).double()
+    model.aux = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Sequential(nn.Linear(6, 3)))
+    model.mask_token = nn.Parameter(torch.zeros(1, 1, 8))
+    notes = [n for n in pruned(model, inputs(TOKENS))[0].notes if "did not run" in n]
+    assert [note.partition(":")[0] for note in notes] == ["aux"]
+    model.eval().aux = None
+    assert not any("did not run" in n for n in pruned(model, inputs(TOKENS))[0].notes)

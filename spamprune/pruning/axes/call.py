@@ -33,6 +33,7 @@ class Shadow:
         parameter: Its name, where it is a parameter of the model.
         makers: The calls that wrote it.
         readers: The calls that read it.
+        places: The axis that its entries are places on, where they are.
     """
 
     def __init__(self, tensor: Tensor, axes: Axes, *, is_data: bool = False, parameter: str = ""):
@@ -41,6 +42,7 @@ class Shadow:
         self.is_data, self.parameter = is_data, parameter
         self.makers: list[Call] = []
         self.readers: list[Call] = []
+        self.places: Axis | None = None
 
     @property
     def axes(self) -> Axes:
@@ -50,6 +52,11 @@ class Shadow:
     def dim(self) -> int:
         """Return the number of dimensions."""
         return len(self.shape)
+
+    def asked(self) -> None:
+        """Keep every position that the entries may name, now that somebody asks for these."""
+        if self.places is not None:
+            fix(self.places, self.makers[0].why)
 
 
 class Call:
@@ -63,6 +70,7 @@ class Call:
         where: In which module, for messages.
         costs: Multiply-accumulates of matrix products, as axes to be multiplied; appended to.
         number: Of the call within the trace.
+        places: The axis that the entries of the last output are places on; set by a rule.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class Call:
         self.name, self.values, self.shapes, self.where = name, values, shapes, where
         self.costs, self.number = costs, number
         self.outputs: list[Shadow] = []
+        self.places: Axis | None = None
 
     def __getitem__(self, name: str) -> Any:
         """Return an argument, None where the operation has none of that name."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from spamprune.bayes.curvature.trace import COMPOSITES
-from spamprune.pruning.axes.axis import Axis, concat, cut, factor, leaves, mix, product
+from spamprune.pruning.axes.axis import Axis, concat, cut, factor, fix, leaves, mix, product
 from spamprune.pruning.axes.logits import Logits
+from spamprune.pruning.axes.rules.layout import keep_equal
 from spamprune.pruning.axes.sizes import Size, expression_of
 
 if TYPE_CHECKING:
-    from spamprune.pruning.axes.trace import Recorder
+    from spamprune.pruning.axes.recorder import Recorder
 
 _Sites = dict[str, Callable[["Code", tuple[Any, ...], dict[str, Any], Any], None]]
 
@@ -133,6 +136,34 @@ def _item(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
             _interval(code, axis, k.start, k.stop)
 
 
+def _assignment(code: Code, *call: Any) -> None:
+    _number(code, *call)
+    _item(code, *call)
+
+
+def _boundaries(
+    code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, dim: int = 0
+) -> None:
+    """Note where a list of indices, or a number of parts, cuts an axis."""
+    given = dict(zip(("input", "where", "dim"), args, strict=False)) | kwargs
+    dim = given.get("dim", dim)
+    names = ("where", "indices_or_sections", "tensor_indices_or_sections", "indices", "sections")
+    where = next(given[n] for n in names if n in given)
+    axis = code.recorder.axes(args[0])[dim]
+    why = f"tensor_split in {code.recorder.where or 'the model'} needs all of its positions"
+    if isinstance(where, Tensor):
+        fix(axis, why)
+    elif isinstance(where, int):
+        keep_equal(axis, [code.recorder.axes(part)[dim] for part in result], why)
+    else:
+        for index in where:
+            _interval(code, axis, 0, index)
+
+
+def _columns(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    _boundaries(code, args, kwargs, result, dim=min(args[0].dim() - 1, 1))
+
+
 def _interval(code: Code, axis: Axis, start: Any, stop: Any) -> None:
     """Note where code cuts an axis."""
     if all(leaf.fixed for leaf in leaves(axis)) or (start in (None, 0) and stop is None):
@@ -175,6 +206,13 @@ def _layer_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     code.bind(shape, code.recorder.axes(args[0])[-len(shape) :])
 
 
+def _instance_norm(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Note the number of channels that the module compares with those of its input."""
+    module = code.recorder.stack[-1] if code.recorder.stack else None
+    if isinstance(module, _InstanceNorm):
+        code.bind([module.num_features], [code.recorder.axes(args[0])[1]])
+
+
 def _number(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """Note the sizes that code computes with; those in a shape are none of these."""
     for value in (*args, *kwargs.values()):
@@ -189,6 +227,11 @@ def _values(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: A
 def _length(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """Mix what is counted: Python makes a length a plain integer, so nobody sees what it is for."""
     mix(code.recorder.axes(args[0])[0], "its length is taken")
+
+
+def _listed(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    code.recorder.shadow(args[0]).asked()
+    code.recorder.looked = True
 
 
 def _attention(code: Code, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -222,22 +265,28 @@ _ARITHMETIC = (
     *("subtract", "multiply", "divide", "true_divide", "float_power", "lerp", "clamp", "clip"),
     *("__floordiv__", "__rsub__", "__rdiv__", "__rfloordiv__", "__rmod__", "__rpow__"),
     *("addcmul", "addcdiv", "addmm", "baddbmm", "gt", "ge", "lt", "le", "eq", "ne", "__eq__"),
-    *("__ne__", "where", "masked_fill", "fill", "full", "full_like", "new_full", "__setitem__"),
+    *("__ne__", "where", "masked_fill", "fill", "full", "full_like", "new_full"),
 )
 _SITES: _Sites = {
     **{name + ending: _number for name in _ARITHMETIC for ending in ("", "_")},
     **dict.fromkeys(("tensor", "as_tensor", "new_tensor"), _values),
     "__len__": _length,
+    **dict.fromkeys(("tolist", "numpy"), _listed),
     **dict.fromkeys(("view", "reshape", "expand", "new_zeros", "new_ones", "new_empty"), _layout),
     **dict.fromkeys(("zeros", "ones", "empty"), _creation),
     **dict.fromkeys(("split", "split_with_sizes", "unsafe_split"), _split),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     **dict.fromkeys(("layer_norm", "rms_norm"), _layer_norm),
+    "instance_norm": _instance_norm,
     **dict.fromkeys(("matmul", "__matmul__", "bmm"), _product),
     "scaled_dot_product_attention": _attention,
     **dict.fromkeys(("group_norm", "channel_shuffle", "native_channel_shuffle"), _channel_groups),
     "unflatten": _unflatten,
     "narrow": _narrow,
     "__getitem__": _item,
+    "__setitem__": _assignment,
+    **dict.fromkeys(("tensor_split", "vsplit"), _boundaries),
+    "hsplit": _columns,
+    "dsplit": partial(_boundaries, dim=2),
 }

@@ -12,6 +12,7 @@ from torch import nn
 from spamprune.pruning.axes.axis import Axis, mix
 from spamprune.pruning.axes.call import Axes
 from spamprune.pruning.axes.sizes import Attribute, Expression, attributes_of, axes_of
+from spamprune.pruning.slices import owner
 
 #: Layers that keep sizes for display, made those of their tensors after pruning.
 _DISPLAYING = (
@@ -56,6 +57,6 @@ def _displayed(attribute: Attribute, layer: nn.Module, tensors: Mapping[str, Axe
     """Return the axes that a layer's size for display may tell of."""
     if not isinstance(layer, _DISPLAYING):
         return []
-    own = [name for name in tensors if name.rpartition(".")[0] == attribute.path]
+    own = [name for name in tensors if owner(name)[0] == attribute.path]
     value = getattr(layer, attribute.name)
     return [axis for name in own for axis in tensors[name] if axis.size == value]

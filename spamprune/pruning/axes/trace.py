@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import math
 import random
-import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from spamprune.errors import PruningError
 from spamprune.modules import evaluation_mode
 from spamprune.pruning.axes import bundles
-from spamprune.pruning.axes.axis import Axis, count, fix, leaves, tie
-from spamprune.pruning.axes.call import RULES, Axes, Call, Shadow, signature, unknown
+from spamprune.pruning.axes.axis import Axis, count, fix, leaves
+from spamprune.pruning.axes.call import Axes
 from spamprune.pruning.axes.code import Code
-from spamprune.pruning.axes.logits import Fold, Logits, fold
+from spamprune.pruning.axes.logits import Fold, fold
 from spamprune.pruning.axes.numbers import mix_numbers
-from spamprune.pruning.axes.rules.elementwise import pointwise
+from spamprune.pruning.axes.recorder import Recorder
 from spamprune.pruning.axes.sizes import (
     Attribute,
     Expression,
@@ -39,12 +32,10 @@ from spamprune.pruning.axes.sizes import (
     solve,
     tracked,
 )
+from spamprune.pruning.axes.steps import Steps
 
-#: A forward pass that takes longer is given up, seconds.
-LIMIT = 600
-_NOT_A_PARAMETER = "a tensor that is neither parameter nor buffer"
-#: In-place operations after which a tensor has other axes.
-_RELAID = frozenset({"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_"})
+#: What an output may hold beside tensors: nothing that tensors can hide in.
+_PLAIN = (type(None), int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 @dataclass
@@ -58,6 +49,8 @@ class Trace:
         folds: Attention whose logits change their scale with the depth of a head.
         outputs: Shapes of the network's outputs.
         bundles: Leaves that lose units in step, since code wants their counts to stay equal.
+        unread: Names of the parameters and buffers that the forward pass did without.
+        steps: Names of the functions that code called, None where its way depends on the data.
     """
 
     tensors: dict[str, Axes]
@@ -66,6 +59,8 @@ class Trace:
     sizes: list[tuple[Expression, Axis]] = field(default_factory=list)
     folds: list[Fold] = field(default_factory=list)
     bundles: list[bundles.Bundle] = field(default_factory=list)
+    unread: frozenset[str] = frozenset()
+    steps: list[str] | None = None
 
     def macs(self, kept: Mapping[Axis, int]) -> int:
         """Return the multiply-accumulates where each leaf axis keeps ``kept`` positions."""
@@ -119,18 +114,25 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         example: Inputs, ``(B, ...)``.
 
     Raises:
-        PruningError: ``example`` is no tensor, or the network cannot be run on it, or not in
-            :data:`LIMIT` seconds.
+        PruningError: ``example`` is no tensor, or the network cannot be run on it, or not in the
+            recorder's ``LIMIT`` of seconds.
     """
     if not isinstance(example, Tensor):
         raise PruningError(
             f"the example is a {type(example).__name__}: give the tensor that is the network's "
             "input, (B, ...)"
         )
+    _check_shapes(model)
     recorder = Recorder(model)
-    with evaluation_mode(model), torch.no_grad(), _plain_kernels(), recorder.modules():
+    with (
+        evaluation_mode(model),
+        torch.no_grad(),
+        _plain_kernels(),
+        _same_buffers(model),
+        recorder.modules(),
+    ):
         try:
-            with tracked(model) as numbers, recorder, Code(recorder):
+            with tracked(model) as numbers, recorder, Code(recorder), Steps() as steps:
                 output = model(recorder.data(example))
         except PruningError:
             raise
@@ -140,29 +142,48 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
                 f"{tuple(example.shape)}: in {recorder.where or 'the model'}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    tensors = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-    if not tensors:
-        raise PruningError(
-            f"{type(model).__name__} returns a {type(output).__name__}, in which no tensor is "
-            "found: let it return tensors, or tuples, lists or dictionaries of them"
-        )
-    for tensor in tensors:
-        for axis in recorder.axes(tensor):
+    for shadow in map(recorder.shadow, _tensors(model, output)):
+        shadow.asked()
+        for axis in shadow.axes:
             fix(axis, "the model's output")
-    for shadow in recorder.named.values():
-        if not shadow.readers:  # nothing tells what it goes with, such as a mask token
-            for axis in shadow.axes:
-                fix(axis, "the forward pass does not use it")
+    unread = frozenset(name for name, shadow in recorder.named.items() if not shadow.readers)
+    for name in unread:  # nothing tells what it goes with, such as a mask token
+        for axis in recorder.named[name].axes:
+            fix(axis, "the forward pass does not use it")
     result = Trace(
         {name: shadow.axes for name, shadow in recorder.named.items()},
         shapes_of(output),
         recorder.costs,
         recorder.sizes,
         [fold(logits) for logits in recorder.logits],
+        unread=unread,
+        steps=None if recorder.looked else steps.names,
     )
     mix_numbers(numbers, recorder.bound, result.sizes, model, result.tensors)
     _settle(result, recorder.bound)
     return result
+
+
+def _check_shapes(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise PruningError(
+                f"{name} has no shape yet: run the {type(model).__name__} once first, "
+                "model(example)"
+            )
+
+
+def _tensors(model: nn.Module, output: object) -> list[Tensor]:
+    """Return the tensors that a network gave, once it is sure that these are all."""
+    given = tree_leaves(output)
+    tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+    others = [leaf for leaf in given if not isinstance(leaf, (Tensor, *_PLAIN))]
+    if others or not tensors:
+        raise PruningError(
+            f"{type(model).__name__} returns a {type((*others, output)[0]).__name__}, in which no "
+            "tensor is found: let it return tensors, or tuples, lists or dictionaries of them"
+        )
+    return tensors
 
 
 def shapes_of(output: object) -> list[torch.Size]:
@@ -234,141 +255,16 @@ def _plain_kernels() -> Iterator[None]:
         torch.backends.cudnn.enabled = cudnn
 
 
-class Recorder(TorchDispatchMode):
-    """Follows the axes through every operation; :class:`Code` adds what code says of sizes."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.named: dict[str, Shadow] = {}
-        self.costs: list[Axes] = []
-        self.sizes: list[tuple[Expression, Axis]] = []
-        self.logits: list[Logits] = []
-        self.bound: dict[Attribute, Axis] = {}
-        self.calls = 0
-        self.stack: list[nn.Module] = []
-        self._paths = {id(m): name for name, m in model.named_modules()}
-        self._shadows: dict[int, tuple[weakref.ref[Tensor], Shadow]] = {}
-        self._places: dict[tuple[Any, ...], Shadow] = {}
-        self._deadline = time.monotonic() + LIMIT
-        parameters = dict(model.named_parameters())
-        for name, tensor in (*parameters.items(), *model.named_buffers()):
-            shadow = Shadow(
-                tensor,
-                [Axis(n) for n in tensor.shape],
-                parameter=name if name in parameters else "",
-            )
-            self.named[name] = self._places[_place(tensor)] = self._put(tensor, shadow)
-
-    @property
-    def where(self) -> str:
-        """The path of the module that runs."""
-        return self._paths.get(id(self.stack[-1]), "") if self.stack else ""
-
-    @contextmanager
-    def modules(self) -> Iterator[None]:
-        """Keep track of which module runs."""
-        with ExitStack() as hooks:
-            for handle in (
-                register_module_forward_pre_hook(lambda m, _: self.stack.append(m)),
-                register_module_forward_hook(lambda *_: self._leave()),
-            ):
-                hooks.callback(handle.remove)
-            yield
-
-    def _leave(self) -> None:
-        self.stack.pop()
-
-    def data(self, example: Tensor) -> Tensor:
-        """Return the model's input, known as such."""
-        axes = [Axis(n, fixed="the model's input") for n in example.shape]
-        self._put(example, Shadow(example, axes, is_data=True))
-        return example
-
-    def _put(self, tensor: Tensor, shadow: Shadow) -> Shadow:
-        self._shadows[id(tensor)] = (weakref.ref(tensor), shadow)
-        return shadow
-
-    def _known(self, tensor: Tensor) -> Shadow | None:
-        reference, shadow = self._shadows.get(id(tensor), (None, None))
-        if reference is None or reference() is not tensor:  # an id may be used again
-            return None
-        return shadow
-
-    def shadow(self, tensor: Tensor) -> Shadow:
-        """Return the shadow of a tensor; of one from elsewhere all axes are fixed."""
-        shadow = self._known(tensor) or self._places.get(_place(tensor))
-        if shadow is None:
-            shadow = Shadow(tensor, [Axis(n, fixed=_NOT_A_PARAMETER) for n in tensor.shape])
-        return self._put(tensor, shadow)
-
-    def axes(self, tensor: Tensor) -> Axes:
-        """Return the axes of a tensor, roots all."""
-        return self.shadow(tensor).axes
-
-    def knows(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor came from an operation that was followed."""
-        return self._known(tensor) is not None
-
-    def bind(self, size: Expression, axis: Axis) -> None:
-        """Note that a size in the code is the number of positions of ``axis``."""
-        settled = axis.size == 1 or all(leaf.fixed for leaf in leaves(axis))
-        if settled and not isinstance(size, Attribute):
-            return
-        if isinstance(size, int):
-            fix(axis, f"its size {size} is a plain number in the code of {self.where}")
-            return
-        if isinstance(size, Attribute):
-            known = self.bound.setdefault(size, axis)
-            if known.root() is not axis.root():
-                tie(known, axis)
-                return
-        self.sizes.append((size, axis))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        if time.monotonic() > self._deadline:
-            raise PruningError(
-                f"following the network took over {LIMIT} s, up to {self.where}: give a smaller "
-                "example"
-            )
-        several = result if isinstance(result, (tuple, list)) else [result]
-        outputs = [t for t in several if isinstance(t, Tensor)]
-        if not outputs:
-            return result
-        name, positional, defaults = signature(func)
-        values = defaults | dict(zip(positional, args, strict=False)) | (kwargs or {})
-        values = {key: self._shadowed(value) for key, value in values.items()}
-        shapes = [tuple(t.shape) for t in outputs]
-        call = Call(name, values, shapes, self.where, self.costs, self.calls)
-        self.calls += 1
-        rule = RULES.get(name)
-        if rule is None:
-            rule = pointwise if torch.Tag.pointwise in func.tags else unknown
-        found = rule(call)
-        read = call.tensors()
-        is_data = any(shadow.is_data for shadow in read)
-        for tensor, axes in zip(outputs, found, strict=True):
-            shadow = self._known(tensor)
-            if shadow is not None and name not in _RELAID:  # written in place
-                for old, new in zip(shadow.axes, axes, strict=True):
-                    tie(old, new)
-            else:
-                shadow = self._put(tensor, Shadow(tensor, axes))
-            shadow.is_data |= is_data
-            shadow.makers.append(call)
-            call.outputs.append(shadow)
-        for shadow in read:
-            shadow.readers.append(call)
-        return result
-
-    def _shadowed(self, value: Any) -> Any:
-        """Return an argument with its tensors replaced by their shadows."""
-        if isinstance(value, Tensor):
-            return self.shadow(value)
-        if isinstance(value, (list, tuple)):
-            return [self._shadowed(item) for item in value]
-        return value
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers that a forward pass changes or replaces, such as a count of its calls."""
+    own = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffers, before in own:
+            buffers.update(before)
+        for buffer, value in values:
+            if not torch.equal(buffer, value):  # nobody can write to one that was expanded
+                buffer.data.copy_(value)

@@ -82,7 +82,9 @@ def _repeat(call: Call) -> list[Axes]:
 def _select(call: Call) -> list[Axes]:
     axes = list(call.of("self"))
     axis, index = axes.pop(call["dim"]), call["index"] % max(axes_size(call), 1)
-    _take(axis, [index, 1, axis.size - index - 1], call.why)
+    before, own, after = _take(axis, [index, 1, axis.size - index - 1], call.why)
+    for part in (own, before if call["index"] >= 0 else after):  # those that the number counts
+        fix(part, call.why)
     return [axes]
 
 
@@ -135,14 +137,19 @@ def _split(call: Call) -> list[Axes]:
     axes, dim = call.of("self"), call["dim"]
     sizes = [shape[dim] for shape in call.shapes]
     parts = _take(axes[dim], sizes, call.why)
-    if call.name in ("split", "unsafe_split", "chunk"):  # code asked for parts of one size
-        for part in parts[1:]:
-            if part.size == parts[0].size:
-                tie(parts[0], part)
-            else:
-                fix(axes[dim], call.why)
+    if call.name in ("split", "unsafe_split", "chunk"):
+        keep_equal(axes[dim], parts, call.why)
     dim %= len(axes)
     return [[*axes[:dim], part, *axes[dim + 1 :]] for part in parts]
+
+
+def keep_equal(axis: Axis, parts: Axes, why: str) -> None:
+    """Tie the parts of an axis of which code asked for parts of one size."""
+    for part in parts[1:]:
+        if part.size == parts[0].size:
+            tie(parts[0], part)
+        else:
+            fix(axis, why)
 
 
 @rule("glu")

@@ -7,11 +7,9 @@ from spamprune.pruning.axes.call import Axes, Call, Shadow, rule, same
 from spamprune.pruning.axes.rules.elementwise import pointwise
 
 
-@rule("sum", "mean", "amax", "amin", "max", "min", "any", "all", "prod", "var")
-@rule("std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm", "nansum", "median")
+@rule("sum", "mean", "amax", "amin", "any", "all", "prod", "var", "std", "var_mean", "std_mean")
+@rule("logsumexp", "norm", "linalg_vector_norm", "nansum")
 def _reduce(call: Call) -> list[Axes]:
-    if isinstance(call["other"], Shadow):  # max and min of two tensors
-        return pointwise(call)
     axes = call.of("self")
     dims = call["dim"]
     if dims is None or dims == []:
@@ -23,6 +21,15 @@ def _reduce(call: Call) -> list[Axes]:
     if not call["keepdim"]:
         keep = [axis for d, axis in enumerate(keep) if d not in gone]
     return [keep for _ in call.shapes]
+
+
+@rule("max", "min", "median")
+def _extreme(call: Call) -> list[Axes]:
+    if isinstance(call["other"], Shadow):  # of two tensors
+        return pointwise(call)
+    if len(call.shapes) == 2:  # values, and where they are
+        call.places = call.of("self")[call["dim"]]
+    return _reduce(call)
 
 
 @rule("argmax", "argmin")
