@@ -84,11 +84,15 @@ def groups(
             continue
         if len(slices) == 1 and not slices[0].name.endswith(("weight", "bias")):
             continue  # tokens or queries that are learned: no layer's units
-        producer = _producer(slices, parameters)
+        producer = _producer(slices, parameters, modules)
         layer = owner(producer.name)[0] or producer.name
         kind = _kind(axis, primary.get(axis))
         if axis.fixed:
-            if kind in kinds and producer.dim == 0 and _is_output(modules.get(layer), axis):
+            if (
+                kind in kinds
+                and _is_made(producer, modules)
+                and _is_output(modules.get(layer), axis)
+            ):
                 notes.append(f"{layer}: {axis.size} {_WORDS[kind]} left whole: {axis.fixed}")
             continue
         if kind not in kinds or any(
@@ -155,11 +159,13 @@ def _is_made(piece: Slice, modules: Mapping[str, nn.Module]) -> bool:
     return piece.dim == int(transposed and own.endswith("weight"))
 
 
-def _producer(slices: Sequence[Slice], parameters: Mapping[str, Tensor]) -> Slice:
+def _producer(
+    slices: Sequence[Slice], parameters: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> Slice:
     """Return the slice that best says whose outputs the units are."""
     weights = [s for s in slices if s.name in parameters and _is_matrix(parameters[s.name])]
-    rows = [s for s in weights if s.dim == 0]
-    return (rows or weights or [s for s in slices if s.name in parameters])[0]
+    made = [s for s in weights if _is_made(s, modules)]
+    return (made or weights or [s for s in slices if s.name in parameters])[0]
 
 
 def _is_matrix(parameter: Tensor) -> bool:

@@ -197,7 +197,7 @@ CASES = {
             conv(8, 2),
         ),
         IMAGE,
-        {"0": 4, "4:groups": 2, "4:group_dims": 2, "4:group_dims#2": 1},
+        {"0": 4, "2:groups": 2, "2:group_dims": 2, "4:group_dims": 1},
     ),
     "concatenation": (
         net(
@@ -522,7 +522,7 @@ def test_weights_that_are_tied_stay_tied():
     torch.manual_seed(0)
     model = disturbed(Tied())
     found, small = pruned(model, torch.arange(6).reshape(2, 3))
-    assert found.widths() == {"mix": 8}
+    assert found.widths() == {"embed": 8}
     assert small.head.weight is small.embed.weight
     assert small.head.weight.shape == (10, 8)
 
