@@ -92,6 +92,7 @@ class Classification:
         self._check(outputs, targets)
         probabilities = _floats(outputs.detach()).softmax(1).movedim(1, -1)
         rows = probabilities.reshape(-1, outputs.shape[1])
+        rows = rows.nan_to_num(nan=1.0)  # the loss tells of these, and in one way for all labels
         drawn = torch.multinomial(rows, 1, generator=generator).view_as(targets)
         losses = F.cross_entropy(_floats(outputs), drawn, reduction="none")
         counted = targets != self.ignore_index

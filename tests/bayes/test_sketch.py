@@ -116,8 +116,9 @@ def test_no_data_and_infinite_losses_are_refused():
     model, (inputs, targets) = small_network(), data()
     with pytest.raises(PosteriorError, match="no batches"):
         sketch(model, [], n_data=24)
-    with pytest.raises(PosteriorError, match="loss is nan"):
-        sketch(model, batches(inputs * float("nan"), targets, 8), n_data=24)
+    for labels in ("ef", "ggn"):
+        with pytest.raises(PosteriorError, match="loss is nan"):
+            sketch(model, batches(inputs * float("nan"), targets, 8), n_data=24, labels=labels)
 
 
 def test_groups_of_one_are_the_exact_empirical_fisher():
