@@ -118,7 +118,7 @@ class _Decoded(Dataset[tuple[Tensor, int] | DataError]):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders of damaged files may raise anything
             # handed on, since an error that crosses processes by itself becomes a traceback
             reason = " ".join(str(error).split())
             return DataError(f"{path}: cannot be decoded ({reason}): replace or remove it")

@@ -42,7 +42,8 @@ def _mask(
     """Prune to a sparsity, or where there is none, to that of most evidence."""
     found = None
     if sparsity is None:
-        chosen, found = masks_by_evidence(subject, _comparable(subject, experiment, values))
+        comparable = _comparable(subject, experiment, criterion, values)
+        chosen, found = masks_by_evidence(subject, comparable)
     else:
         chosen = subject.with_held(_choose(subject, experiment, criterion, values, sparsity))
     achieved = masks.sparsity_of(chosen)
@@ -70,14 +71,21 @@ def _choose(
 ) -> masks.Masks:
     """Return masks of the sparsity, at once or in rounds."""
     if experiment.rounds == 1:
-        return masks.global_masks(_comparable(subject, experiment, values), sparsity)
+        return masks.global_masks(_comparable(subject, experiment, criterion, values), sparsity)
     return masks.iterative_masks(
         subject.model,
-        lambda model: _comparable(subject, experiment, subject.scores(criterion, model)),
+        lambda model: _comparable(subject, experiment, criterion, subject.scores(criterion, model)),
         sparsity,
         rounds=experiment.rounds,
     )
 
 
-def _comparable(subject: Subject, experiment: Unstructured, scored: scores.Scores) -> scores.Scores:
-    return subject.held_first(masks.lamp(scored) if experiment.threshold == "lamp" else scored)
+def _comparable(
+    subject: Subject, experiment: Unstructured, criterion: str, scored: scores.Scores
+) -> scores.Scores:
+    """Return scores that can be compared over the whole network."""
+    if experiment.threshold == "lamp":
+        if criterion == "magnitude":  # whose squares are the damages that LAMP divides
+            scored = {name: score.double().square() for name, score in scored.items()}
+        scored = masks.lamp(scored)
+    return subject.held_first(scored)

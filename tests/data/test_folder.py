@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from spamprune.data import Split, load
@@ -96,6 +97,17 @@ def test_damaged_image_is_one_line_naming_the_file(
     with pytest.raises(DataError, match=r"bee/1\.png: cannot be decoded") as caught:
         list(data.train.loader(4))
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_image_may_make_its_decoder_fail_in_any_way(image_root: Path) -> None:
+    path = image_root / "train" / "bee" / "1.tiff"
+    Image.new("L", (2, 2)).save(path)
+    data = bytearray(path.read_bytes())
+    data[72] = 11  # places of pixels as floats, at which Pillow raises a TypeError
+    path.write_bytes(data)
+    split = load("image_folder", root=image_root, validation=0, image_size=8).train
+    with pytest.raises(DataError, match=r"bee/1\.tiff: cannot be decoded"):
+        list(split.loader(4))
 
 
 def test_folders_that_do_not_fit(image_root: Path) -> None:

@@ -119,6 +119,21 @@ def test_settings_of_the_papers_code() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("published", "described", "networks"),
+    [
+        ("vit_mnist", "vit_mnist@described", ("simple_vit_mnist", "vit_mnist")),
+        ("residual_mlp_mnist", "mixer_mnist", ("residual_mlp_mnist", "mixer_mnist")),
+    ],
+)
+def test_networks_as_published_and_as_described(
+    published: str, described: str, networks: tuple[str, str]
+) -> None:
+    code, paper = load(published), load(described)
+    assert (code.model.name, paper.model.name) == networks
+    assert (code.train, code.prune) == (paper.train, paper.prune)
+
+
 @pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("name", "training"),

@@ -71,7 +71,8 @@ class Unstructured(Masking):
     )
     threshold: Literal["global", "lamp"] = Field(
         "global",
-        description="global: scores as they are; lamp: relative to the larger of their tensor.",
+        description="global: scores as they are; lamp: relative to the larger of their tensor (Lee "
+        "et al. 2021), magnitudes squared first.",
     )
     rounds: int = Field(
         1,
