@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from spamprune.bayes import noise, reparameterised
 from spamprune.bayes.curvature import Curvature
 from spamprune.bayes.curvature.batches import pair
+from spamprune.bayes.curvature.squares import at_least_single
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import check_positive, check_shapes, named_parameters
 from spamprune.bayes.posterior import Posterior
@@ -216,12 +217,17 @@ class MeanField(nn.Module):
             samples: How many times the weights are drawn.
 
         Returns:
-            Shape (B, C, …), classes in dimension 1.
+            Shape (B, C, …), classes in dimension 1; float32 at least.
+
+        Raises:
+            PosteriorError: The number of samples is not positive.
         """
+        check_positive(samples=samples)
         with evaluation_mode(self.network):
             total = torch.zeros((), device=inputs.device)
             for _ in range(samples):
-                total = total + call_with(self.network, self.draw(), inputs).softmax(1)
+                outputs = call_with(self.network, self.draw(), inputs)
+                total = total + at_least_single(outputs).softmax(1)
         return total / samples
 
     @torch.no_grad()
@@ -239,7 +245,8 @@ class MeanField(nn.Module):
             samples: Stop once this many were seen and scale up to N; all by default.
 
         Raises:
-            PosteriorError: The loader gave another number of samples than N, where all are wanted.
+            PosteriorError: The loader gave another number of samples than N, where all are wanted,
+                or none at all.
         """
         loss, seen, device = 0.0, 0, device_of(self.network)
         with evaluation_mode(self.network):
@@ -250,7 +257,7 @@ class MeanField(nn.Module):
                 seen += len(inputs)
                 if samples is not None and seen >= samples:
                     break
-        if samples is not None:
+        if samples is not None and seen:
             loss *= self.n_data / seen
         elif seen != self.n_data:
             raise PosteriorError(
