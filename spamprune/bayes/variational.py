@@ -180,7 +180,11 @@ class MeanField(nn.Module):
 
         Args:
             masks: By name, True where a weight stays.
+
+        Raises:
+            PosteriorError: The masks are those of another network.
         """
+        check_shapes(self._own(), masks, "the set of masks")
         before = {name: mask.clone() for name, mask in self.masks().items()}
         try:
             for name, mask in self.masks().items():
@@ -267,7 +271,11 @@ class MeanField(nn.Module):
 
     @torch.no_grad()
     def collapse(self) -> nn.Module:
-        """Set the network to the posterior means, and return it."""
+        """Set the network to the posterior means, and return it.
+
+        Running statistics of a BatchNorm stay those of drawn weights:
+        :func:`spamprune.pruning.recalibrate.recalibrate` averages them anew.
+        """
         own = self._own()
         for name, mean in self._centre().items():
             own[name].copy_(mean)

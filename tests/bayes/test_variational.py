@@ -374,6 +374,12 @@ def test_faults_are_named():
         field.predict(inputs, 0)
     with pytest.raises(PosteriorError, match=r"masks lacks parameter '0\.weight'"):
         field.prune({})
+    one = {name: torch.ones(1, dtype=torch.bool) for name in field.masks()}
+    with (
+        pytest.raises(PosteriorError, match=r"masks has shape \(1,\) for parameter"),
+        field.reduced(one),
+    ):
+        pass
     assert math.isfinite(field.elbo([batch(40)]))
 
 
