@@ -16,7 +16,8 @@ All else has the weights as drawn for the batch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,6 +43,10 @@ _PRODUCTS = {
 
 #: What timm's and Hugging Face's modules call it.
 _CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")
+_RECOMPUTED = (
+    "the network computes activations again in the backward pass, where its weights are others "
+    "than were drawn: turn activation checkpointing off, and other hooks on saved tensors"
+)
 
 
 @dataclass(frozen=True)
@@ -64,26 +69,21 @@ def uses(network: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -
     Args:
         network: Its buffers and the random numbers are left as they were.
         parameters: Those of the network that are asked about, by name.
-        inputs: A batch. A dimension is that of the samples if it grows with one sample more.
+        inputs: A batch. A dimension is that of the samples if it doubles with them: some networks
+            take pairs, which one sample more would not be.
 
     Raises:
         PosteriorError: The network computes activations again in the backward pass.
     """
     names = {id(p): name for name, p in parameters.items()}
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    with torch.random.fork_rng():
-        with torch.enable_grad(), _Met(len(inputs)) as met:
+    with torch.random.fork_rng(), _kept_activations():
+        with _same_buffers(network), torch.enable_grad(), _Met(len(inputs)) as met:
             outputs = network(inputs)
-        with torch.no_grad(), _Met(len(inputs) + 1) as more:
-            network(torch.cat([inputs, inputs[:1]]))
-    for name, before in buffers.items():
-        network.get_buffer(name).data.copy_(before)
+        with _same_buffers(network), torch.no_grad(), _Met(2 * len(inputs)) as more:
+            network(torch.cat([inputs, inputs]))
     flags = [getattr(m, flag, False) for m in network.modules() for flag in _CHECKPOINTING]
     if any(flags) or "CheckpointFunctionBackward" in _operations(outputs):
-        raise PosteriorError(
-            "the network computes activations again in the backward pass, where its weights are "
-            "others than were drawn: turn activation checkpointing off"
-        )
+        raise PosteriorError(_RECOMPUTED)
     pairs = list(zip(met.products, more.products, strict=False))
     once: set[str] = set()
     flipped: set[str] = set()
@@ -98,6 +98,32 @@ def uses(network: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -
         if use.bias in names and met.counts[use.bias] == len(own):
             found.add(names[use.bias])
     return Uses(frozenset(once), frozenset(flipped))
+
+
+@contextmanager
+def _same_buffers(network: nn.Module) -> Iterator[None]:
+    """Leave buffers as they were, those too that the network replaces, such as caches."""
+    own = [(module, dict(module._buffers)) for module in network.modules()]
+    values = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        for module, buffers in own:
+            module._buffers.update(buffers)
+        for buffer, value in values:
+            buffer.data.copy_(value)
+
+
+@contextmanager
+def _kept_activations() -> Iterator[None]:
+    """Refuse hooks on saved tensors, by which a checkpoint that is not reentrant works."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(_RECOMPUTED):
+            yield
+    except RuntimeError as error:
+        if str(error) != _RECOMPUTED:
+            raise
+        raise PosteriorError(_RECOMPUTED) from error
 
 
 def _operations(outputs: Any) -> set[str]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from spamprune.bayes import noise, reparameterised
 from spamprune.bayes.curvature import Curvature
 from spamprune.bayes.curvature.batches import pair
+from spamprune.bayes.curvature.squares import at_least_single
 from spamprune.bayes.likelihood import CLASSIFICATION, Likelihood
 from spamprune.bayes.parameters import check_positive, check_shapes, named_parameters
 from spamprune.bayes.posterior import Posterior
@@ -179,7 +180,11 @@ class MeanField(nn.Module):
 
         Args:
             masks: By name, True where a weight stays.
+
+        Raises:
+            PosteriorError: The masks are those of another network.
         """
+        check_shapes(self._own(), masks, "the set of masks")
         before = {name: mask.clone() for name, mask in self.masks().items()}
         try:
             for name, mask in self.masks().items():
@@ -216,12 +221,17 @@ class MeanField(nn.Module):
             samples: How many times the weights are drawn.
 
         Returns:
-            Shape (B, C, …), classes in dimension 1.
+            Shape (B, C, …), classes in dimension 1; float32 at least.
+
+        Raises:
+            PosteriorError: The number of samples is not positive.
         """
+        check_positive(samples=samples)
         with evaluation_mode(self.network):
             total = torch.zeros((), device=inputs.device)
             for _ in range(samples):
-                total = total + call_with(self.network, self.draw(), inputs).softmax(1)
+                outputs = call_with(self.network, self.draw(), inputs)
+                total = total + at_least_single(outputs).softmax(1)
         return total / samples
 
     @torch.no_grad()
@@ -239,7 +249,8 @@ class MeanField(nn.Module):
             samples: Stop once this many were seen and scale up to N; all by default.
 
         Raises:
-            PosteriorError: The loader gave another number of samples than N, where all are wanted.
+            PosteriorError: The loader gave another number of samples than N, where all are wanted,
+                or none at all.
         """
         loss, seen, device = 0.0, 0, device_of(self.network)
         with evaluation_mode(self.network):
@@ -250,7 +261,7 @@ class MeanField(nn.Module):
                 seen += len(inputs)
                 if samples is not None and seen >= samples:
                     break
-        if samples is not None:
+        if samples is not None and seen:
             loss *= self.n_data / seen
         elif seen != self.n_data:
             raise PosteriorError(
@@ -260,7 +271,11 @@ class MeanField(nn.Module):
 
     @torch.no_grad()
     def collapse(self) -> nn.Module:
-        """Set the network to the posterior means, and return it."""
+        """Set the network to the posterior means, and return it.
+
+        Running statistics of a BatchNorm stay those of drawn weights:
+        :func:`spamprune.pruning.recalibrate.recalibrate` averages them anew.
+        """
         own = self._own()
         for name, mean in self._centre().items():
             own[name].copy_(mean)

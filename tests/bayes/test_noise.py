@@ -195,10 +195,44 @@ def test_activation_checkpointing_is_refused():
         "vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=6, num_heads=1
     )
     flagged.set_grad_checkpointing()
-    for model, shape in ((_Recomputed(use_reentrant=True), (3,)), (flagged, (3, 32, 32))):
+    ways = [_Recomputed(use_reentrant=again) for again in (True, False)]
+    for model, shape in (*((way, (3,)) for way in ways), (flagged, (3, 32, 32))):
         field = MeanField(model, 4)
         with pytest.raises(PosteriorError, match="checkpointing off"):
             field(torch.randn(2, *shape))
+
+
+class _Caches(_Linear):
+    """It remembers what it saw, in buffers that are as large as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("first", None)
+        self.register_buffer("last", torch.zeros(0, 2))
+
+    def forward(self, x):
+        self.last = super().forward(x).detach()
+        self.first = self.last if self.first is None else self.first
+        return super().forward(x) + 0 * self.first
+
+
+def test_caches_are_left_as_they_were():
+    model = _Caches()
+    noise.uses(model, named_parameters(model), torch.randn(4, 3))
+    assert model.first is None
+    assert model.last.shape == (0, 2)
+    assert MeanField(model, 4)(torch.randn(4, 3)).shape == (4, 2)
+
+
+class _Siamese(_Linear):
+    """Samples come in pairs."""
+
+    def forward(self, x):
+        return super().forward(x).unflatten(0, (-1, 2)).prod(1)
+
+
+def test_samples_may_come_in_pairs():
+    assert names(_Siamese(), torch.randn(4, 3)) == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])

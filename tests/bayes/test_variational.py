@@ -368,8 +368,18 @@ def test_faults_are_named():
     inputs, targets = batch(39)
     with pytest.raises(PosteriorError, match="39 samples and n_data is 40"):
         field.elbo([(inputs, targets)])
+    with pytest.raises(PosteriorError, match="gave 0 samples"):
+        field.elbo([], samples=10)
+    with pytest.raises(PosteriorError, match="samples must be a positive number, not 0"):
+        field.predict(inputs, 0)
     with pytest.raises(PosteriorError, match=r"masks lacks parameter '0\.weight'"):
         field.prune({})
+    one = {name: torch.ones(1, dtype=torch.bool) for name in field.masks()}
+    with (
+        pytest.raises(PosteriorError, match=r"masks has shape \(1,\) for parameter"),
+        field.reduced(one),
+    ):
+        pass
     assert math.isfinite(field.elbo([batch(40)]))
 
 
@@ -504,6 +514,14 @@ def test_half_precision_divergences_are_summed_in_single(prior):
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
     found.backward()
     assert all(p.grad.dtype == torch.bfloat16 for p in field.means)
+
+
+def test_predictions_of_half_precision_are_summed_in_single():
+    torch.manual_seed(0)
+    field = MeanField(nn.Linear(5, 10), 40).bfloat16()
+    found = field.predict(torch.randn(6, 5).bfloat16(), 300)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(1), torch.ones(6))
 
 
 def test_the_network_may_be_frozen_since():
