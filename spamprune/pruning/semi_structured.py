@@ -21,8 +21,8 @@ def semi_structured_masks(
 
     Matrices are the weights of linear layers and convolutions and the input projections of
     ``nn.MultiheadAttention``. Groups follow each other along the input dimension, in a convolution
-    along its flattened (in, kh, kw): the layout of torch's semi-structured tensors. Of equal scores
-    the earlier goes. All other parameters are kept.
+    along its input channels at each place of the kernel: what sparse tensor cores multiply by. Of
+    equal scores the earlier goes. All other parameters are kept.
 
     Args:
         model: The network.
@@ -46,14 +46,15 @@ def semi_structured_masks(
     matrices = [name for name, _, _ in _matrices(model) if name in scores]
     notes = []
     for name in matrices:
-        inputs = scores[name][0].numel()
+        inputs_last = scores[name].movedim(1, -1)
+        inputs = inputs_last.shape[-1]
         if inputs % m:
             notes.append(f"{name}: left whole: {inputs} inputs are no multiple of {m}")
             continue
-        groups = scores[name].reshape(-1, m)
+        groups = inputs_last.reshape(-1, m)
         worst = groups.argsort(dim=1, stable=True)[:, : m - n]
         keep = torch.ones_like(groups, dtype=torch.bool).scatter_(1, worst, value=False)
-        masks[name] = keep.view(scores[name].shape)
+        masks[name] = keep.view(inputs_last.shape).movedim(-1, 1).contiguous()
     if len(notes) == len(matrices):
         why = "; ".join(notes) or "it has no trainable linear layers or convolutions"
         raise PruningError(f"nothing of {type(model).__name__} can be made {n}:{m} sparse: {why}")
@@ -104,10 +105,10 @@ def _compressed(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def is_semi_structured(weight: Tensor) -> bool:
-    """Return whether each four weights along the (flattened) input dimension have two zeros."""
-    if weight[0].numel() % 4:
+    """Return whether each four weights along the input dimension have two zeros."""
+    if weight.shape[1] % 4:
         return False
-    return bool(((weight.reshape(-1, 4) != 0).sum(1) <= 2).all())
+    return bool(((weight.movedim(1, -1).reshape(-1, 4) != 0).sum(1) <= 2).all())
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
@@ -53,24 +55,24 @@ def test_scores_decide_and_not_magnitudes():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_convolutions_count_inputs_then_pixels(layout):
-    model = nn.Conv2d(4, 2, 3).to(memory_format=layout)
+def test_convolutions_are_thinned_along_their_input_channels(layout):
+    model = nn.Conv2d(8, 2, 3).to(memory_format=layout)
     scores = {
         n: s.to(memory_format=layout) if s.dim() == 4 else s for n, s in _scores(model).items()
     }
     mask = semi_structured_masks(model, scores)[0]["weight"]
-    for row, score in zip(mask.flatten(1), scores["weight"].flatten(1), strict=True):
-        for i in range(0, 36, 4):
-            expected = score[i : i + 4] >= score[i : i + 4].sort().values[2]
-            assert torch.equal(row[i : i + 4], expected)
+    for out, first, y, x in product(range(2), (0, 4), range(3), range(3)):
+        score = scores["weight"][out, first : first + 4, y, x]
+        expected = score >= score.sort().values[2]
+        assert torch.equal(mask[out, first : first + 4, y, x], expected)
 
 
 def test_what_has_no_fours_is_left_whole_and_named():
     model = lenet()
     masks, notes = semi_structured_masks(model, _scores(model))
     assert notes == [
-        "conv1.weight: left whole: 25 inputs are no multiple of 4",
-        "conv2.weight: left whole: 54 inputs are no multiple of 4",
+        "conv1.weight: left whole: 1 inputs are no multiple of 4",
+        "conv2.weight: left whole: 6 inputs are no multiple of 4",
     ]
     whole = {"conv1.weight", "conv2.weight"} | {n for n in masks if n.endswith("bias")}
     assert {n for n, mask in masks.items() if mask.all()} == whole
@@ -135,6 +137,12 @@ def test_is_semi_structured():
     assert is_semi_structured(torch.zeros(2, 8))
     assert not is_semi_structured(torch.tensor([[0.0, 1, 1, 1]]))
     assert not is_semi_structured(torch.zeros(2, 6))
+    kernels = torch.zeros(1, 4, 1, 4)
+    kernels[0, :2] = 1  # two channels at every place
+    assert is_semi_structured(kernels)
+    kernels = torch.zeros(1, 4, 1, 4)
+    kernels[..., 0] = 1  # four channels at one place
+    assert not is_semi_structured(kernels)
 
 
 def test_without_a_gpu_compression_says_why_not():
