@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spamprune.pruning.evidence import Evidence
     from spamprune.pruning.importance import OPDImportance, ScoreImportance
     from spamprune.pruning.plan import Target, plan
+    from spamprune.pruning.recalibrate import recalibrate
 
 __all__ = [
     "BlockOPD",
@@ -48,6 +49,7 @@ __all__ = [
     "plan",
     "preflight",
     "push",
+    "recalibrate",
     "run",
     "save",
     "scores",
@@ -78,6 +80,7 @@ _HOMES = {
     "plan": "spamprune.pruning.plan",
     "preflight": "spamprune.bayes.curvature",
     "push": "spamprune.artifact",
+    "recalibrate": "spamprune.pruning.recalibrate",
     "run": "spamprune.engine.run",
     "save": "spamprune.artifact",
     "verify": "spamprune.pruning.compaction",

@@ -137,7 +137,7 @@ def _check_norms(recipe: Recipe, model: nn.Module) -> None:
     for index, experiment in enumerate(recipe.prune):
         if experiment.finetune is not None and experiment.finetune.norms == "frozen":
             asked.append(f"prune.{index}.finetune.norms")
-        if isinstance(experiment, Structured) and experiment.recalibrate:
+        if experiment.recalibrate:
             asked.append(f"prune.{index}.recalibrate")
     if asked:
         raise RecipeError(
@@ -152,9 +152,7 @@ def _check_batches(recipe: Recipe, data: DataSet, model: nn.Module) -> None:
         (f"train.{name}", training)
         for name, training in recipe.train.items()
         if training.norms == "train"
-        or any(
-            isinstance(e, Structured) and e.recalibrate and e.concerns(name) for e in recipe.prune
-        )
+        or any(e.recalibrate and e.concerns(name) for e in recipe.prune)
     ]
     for index, experiment in enumerate(recipe.prune):
         tune = experiment.finetune

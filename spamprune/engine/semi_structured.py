@@ -45,7 +45,7 @@ def _mask(
     chosen, notes = semi_structured_masks(subject.model, first, n=n, m=m)
     chosen = subject.with_held(chosen)
     about = {"pattern": f"{n}:{m}", "criterion": criterion}
-    pruned, before, after = subject.masked(chosen, experiment.finetune, name, about)
+    pruned, before, after = subject.masked(chosen, experiment, name, about)
     half, sparse, more = _latencies(bench, pruned)
     return Patterned(
         experiment=index,

@@ -14,7 +14,6 @@ from spamprune.engine.subject import Subject, train_on
 from spamprune.pruning import compaction, plan
 from spamprune.pruning.block import BlockOPD
 from spamprune.pruning.compensation import compensate
-from spamprune.pruning.recalibrate import recalibrate
 from spamprune.pruning.units import Scores
 from spamprune.recipe.schema import BLOCK_OPD, FineTune, Structured, Target
 from spamprune.report.results import Compacted, Quality
@@ -69,9 +68,7 @@ def _compact(
     full = compensate(model, chosen, subject.posterior) if experiment.compensate else model
     small = compaction.apply(full, chosen)
     residual = compaction.verify(full, small, chosen, bench.example(VERIFY_BATCH))
-    if experiment.recalibrate:
-        recalibrate(small, bench.data.train.loader(bench.config.batch_size, seed=bench.seed))
-    before = bench.quality(small, bench.data.test)
+    before = subject.just_pruned(small, experiment)
     after, scratch = None, None
     if experiment.finetune is not None:
         if experiment.scratch is not None:

@@ -19,8 +19,9 @@ from spamprune.engine.objective import Teacher, likelihood_of
 from spamprune.modules import evaluation_mode
 from spamprune.pruning import masks
 from spamprune.pruning.evidence import Evidence
+from spamprune.pruning.recalibrate import recalibrate
 from spamprune.recipe.schema import FineTune
-from spamprune.recipe.schema.pruning import Selective
+from spamprune.recipe.schema.pruning import Masking, Selective
 from spamprune.report.results import Quality
 from spamprune.scores import Scores
 
@@ -84,13 +85,13 @@ class Subject:
         )
 
     def masked(
-        self, chosen: masks.Masks, finetune: FineTune | None, name: str, about: dict[str, Any]
+        self, chosen: masks.Masks, experiment: Masking, name: str, about: dict[str, Any]
     ) -> tuple[nn.Module, Quality, Quality | None]:
         """Mask, measure, perhaps fine-tune, and save a copy of the network.
 
         Args:
             chosen: The masks.
-            finetune: How the copy is trained further, if it is.
+            experiment: What becomes of the copy before and after it is measured.
             name: Of the stage and of the artifact's folder.
             about: What the artifact says of itself besides.
 
@@ -100,13 +101,20 @@ class Subject:
         bench = self.bench
         pruned = copy.deepcopy(self.model)
         masks.apply_masks(pruned, chosen)
-        before, after = bench.quality(pruned, bench.data.test), None
-        if finetune is not None:
-            self.finetune(pruned, finetune, f"{name}.finetune", chosen)
+        before, after = self.just_pruned(pruned, experiment), None
+        if experiment.finetune is not None:
+            self.finetune(pruned, experiment.finetune, f"{name}.finetune", chosen)
             after = bench.quality(pruned, bench.data.test)
         preprocessing = bench.data.preprocessing
         artifact.save(pruned, bench.folder / name, preprocessing=preprocessing, extra=about)
         return pruned, before, after
+
+    def just_pruned(self, pruned: nn.Module, experiment: Selective) -> Quality:
+        """Measure a pruned copy of the network, with its BatchNorms' statistics anew if asked."""
+        bench = self.bench
+        if experiment.recalibrate:
+            recalibrate(pruned, bench.data.train.loader(bench.config.batch_size, seed=bench.seed))
+        return bench.quality(pruned, bench.data.test)
 
     def finetune(
         self,

@@ -48,7 +48,7 @@ def _mask(
         chosen = subject.with_held(_choose(subject, experiment, criterion, values, sparsity))
     achieved = masks.sparsity_of(chosen)
     about = {"sparsity": achieved, "criterion": criterion}
-    pruned, before, after = subject.masked(chosen, experiment.finetune, name, about)
+    pruned, before, after = subject.masked(chosen, experiment, name, about)
     return Masked(
         experiment=index,
         criterion=criterion,

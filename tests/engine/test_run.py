@@ -201,10 +201,11 @@ def test_killing_a_run_with_jobs_ends_its_workers(tmp_path):
         time.sleep(0.2)
     process.kill()
     process.wait()
-    time.sleep(3)
-    size = lines.stat().st_size
-    time.sleep(2)
-    assert lines.stat().st_size == size > 0
+    sizes, deadline = [0, lines.stat().st_size], time.monotonic() + 30
+    while sizes[-1] != sizes[-2] and time.monotonic() < deadline:
+        time.sleep(3)
+        sizes.append(lines.stat().st_size)
+    assert sizes[-1] == sizes[-2] > 0
 
 
 @pytest.mark.usefixtures("blank_figures")

@@ -230,6 +230,28 @@ def norm_states(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("blank_figures")
+def test_masked_networks_are_recalibrated_too(tmp_path: Path) -> None:
+    unstructured = {"kind": "unstructured", "sparsities": [0.5], "criteria": ["magnitude"]}
+    fours = {"kind": "semi_structured", "criteria": ["magnitude"]}
+    found = recipe(
+        data={"name": "digits"},
+        model={"name": "test_resnet", "kwargs": {"in_chans": 1, "num_classes": 10}},
+        train={"map": {"method": "map", "epochs": 1, "batch_size": 256, "optimiser": ADAM}},
+        prune=[e | {"recalibrate": anew} for e in (unstructured, fours) for anew in (False, True)],
+    )
+    (cell,) = sp.run(found, tmp_path / "run").cells
+    for records in (cell.masked, cell.patterned):
+        plain, anew = records
+        by_hand = sp.load(tmp_path / "run" / plain.artifact)
+        sp.recalibrate(by_hand, load_data(found).train.loader(256, seed=0))
+        torch.testing.assert_close(
+            norm_states(tmp_path / "run" / anew.artifact),
+            {n: t for n, t in by_hand.state_dict().items() if "running" in n},
+        )
+        assert anew.pruned != plain.pruned
+
+
+@pytest.mark.usefixtures("blank_figures")
 def test_recalibration_comes_before_the_just_pruned_accuracy(tmp_path: Path) -> None:
     """And a network from scratch takes statistics of its own, though fine-tuning freezes them."""
     structured = {"kind": "structured", "targets": [{"ratio": 0.5}], "criteria": ["random"]}

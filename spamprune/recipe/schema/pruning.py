@@ -35,6 +35,11 @@ class Selective(Section):
         min_length=1,
         description="Names of the trainings this applies to; all by default.",
     )
+    recalibrate: bool = Field(
+        False,
+        description="Take the running statistics of BatchNorm anew, on the training data, before "
+        "the pruned network is measured.",
+    )
 
     def concerns(self, training: str) -> bool:
         """Return whether the experiment is made on a training."""
@@ -146,11 +151,6 @@ class Structured(Units, Selective):
         description="Fractions that go from layers of these names or patterns in any case.",
     )
     targets: Distinct[Target] = Field(description="How small the network becomes.")
-    recalibrate: bool = Field(
-        False,
-        description="Take the running statistics of BatchNorm anew, on the training data, before "
-        "the pruned network is measured.",
-    )
     finetune: FineTune | None = Field(None, description="Training after pruning; none by default.")
     scratch: Scratch | None = Field(
         None,
