@@ -1,10 +1,10 @@
 """Accuracy against MACs, bytes and latency: our plans, torch-pruning, and training from scratch.
 
-``spamprune run recipes/lenet_fashion_mnist_pareto.yaml --out runs/pareto`` first; then
-``python benchmarks/pareto.py runs/pareto`` prunes the same trained networks to the same MACs by
-torch-pruning, fine-tunes them alike, times all networks of a seed in turns, leaves a figure
-(``pareto.svg``) in the run's folder and prints the table. Rows are kept there, so that a stopped
-study goes on.
+``spamprune run recipes/lenet_fashion_mnist_pareto.yaml --out runs/pareto`` (or the Mixer's) first;
+then ``python benchmarks/pareto.py runs/pareto`` prunes the same trained networks to the same MACs
+by torch-pruning (not with ``--rows`` and nothing after it), fine-tunes them alike, times all
+networks of a seed in turns, leaves a figure (``pareto.svg``) in the run's folder and prints the
+table. Rows are kept there, so that a stopped study goes on.
 """
 
 from __future__ import annotations
@@ -242,8 +242,8 @@ def _cell(values: Sequence[float], unit: str = "", digits: int = 2) -> str:
     return f"{found.mean:.{digits}f}{error}{unit}"
 
 
-#: By training, as the recipe names them.
-_MARKERS = {"spam": "o", "map": "s", "spam-kfac": "D"}
+def _training(point: Point) -> str:
+    return point.name.partition(",")[0]
 
 
 @style.svg
@@ -251,6 +251,8 @@ def figure(points: Sequence[Point]) -> Figure:
     """Draw accuracy against MACs, bytes and latency, a line for each way of pruning."""
     drawing = Figure(figsize=(11, 5.4), layout="constrained")
     names = [n for n in dict.fromkeys(p.name for p in points) if not n.endswith("dense")]
+    trainings = dict.fromkeys(_training(p) for p in points if p.name != SCRATCH)
+    markers = dict(zip(trainings, "osD^v", strict=False)) | {SCRATCH: "x"}
     axes_of: dict[str, Callable[[Point], float]] = {
         "MACs of one sample": lambda p: p.macs,
         "Bytes of parameters": lambda p: p.bytes,
@@ -268,14 +270,14 @@ def figure(points: Sequence[Point]) -> Figure:
                 [accuracy.mean for accuracy in accuracies],
                 [accuracy.error or 0.0 for accuracy in accuracies],
                 color=style.INK if name == SCRATCH else f"C{names.index(name)}",
-                marker="x" if name == SCRATCH else _MARKERS[name.partition(",")[0]],
+                marker=markers[_training(groups[0][0])],
                 ls="none" if name == SCRATCH else "--" if "torch-pruning" in name else "-",
                 capsize=2,
                 label=name,
             )
         dense = [mine for (_, name), mine in _groups(points).items() if name.endswith("dense")]
         for mine in dense:
-            marker = _MARKERS[mine[0].name.partition(",")[0]]
+            marker = markers[_training(mine[0])]
             look = {"ls": "none", "color": style.GREY, "mfc": "white", "ms": 8}
             (handles[mine[0].name],) = axes.plot(
                 spread(map(cost_of, mine)).mean,
@@ -300,7 +302,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="folder of the recipe's run")
     parser.add_argument("--rows", nargs="*", default=list(IMPORTANCES), choices=list(IMPORTANCES))
-    parser.add_argument("--trainings", nargs="*", default=["spam", "map"])
+    parser.add_argument(
+        "--trainings", nargs="*", default=["spam", "map"], help="as recipes call them"
+    )
     parser.add_argument("--targets", nargs="*", type=float, default=[0.25, 0.1])
     options = parser.parse_args()
     recipe = load(options.run / "recipe.yaml")
