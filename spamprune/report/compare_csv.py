@@ -71,7 +71,11 @@ def text(merged: Merged) -> str:
 def _note_trained(lines: _Lines, cell: Cell) -> None:
     key: _Key = {"kind": "trained" if during([cell]) else "dense"}
     _note_quality(lines, key, cell.dense)
+    _note(lines, {**key, "metric": "log_evidence"}, cell.log_evidence)
     _note_size(lines, key, cell.size)
+    if cell.inference is not None:
+        _note_quality(lines, {**key, "stage": "averaged"}, cell.inference.averaged)
+        _note(lines, {**key, "metric": "sparsity_pct"}, 100 * cell.inference.sparsity)
 
 
 def _note_pruned(lines: _Lines, record: Measured, origin: str) -> None:

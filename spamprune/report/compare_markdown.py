@@ -15,6 +15,7 @@ from spamprune.report.summary import (
     STAGES,
     Family,
     Stage,
+    beyond,
     cost,
     dense,
     during,
@@ -74,6 +75,8 @@ def _after(merged: Merged) -> Iterator[str]:
             for metric, label in METRICS.items():
                 yield f"{label} at sparsity:\n"
                 yield _masked_table(merged, experiment, stage, metric).markdown()
+        if note := beyond(results, experiment):
+            yield f"{note}\n"
         evidence = bayes.evidence_table(results, experiment)
         if evidence.rows:
             yield f"## Sparsity of most evidence (`{origins[experiment]}`)\n"

@@ -26,6 +26,7 @@ from spamprune.report.summary import (
     TOLERANCE,
     best_family,
     best_sparsity,
+    beyond,
     by_evidence,
     dense,
     during,
@@ -222,7 +223,8 @@ def _unstructured(results: Results, experiment: int) -> _Section:
             else:
                 content.append(f"<details><summary>{escape(title)}</summary>\n{table}</details>\n")
     if content:
-        content.append(f'<p class="soft">The best of each column is marked; {escape(TIES)}</p>\n')
+        notes = f"The best of each column is marked; {TIES} {beyond(results, experiment)}"
+        content.append(f'<p class="soft">{escape(notes)}</p>\n')
     evidence = bayes.evidence_table(results, experiment)
     if evidence.rows:
         content.append(f"<h3>Sparsity of most evidence</h3>\n{evidence.html()}")

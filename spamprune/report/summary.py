@@ -83,6 +83,17 @@ def overshot(cell: Cell, masked: Masked) -> bool:
     return (masked.achieved - masked.requested) * cell.size.params > 1
 
 
+def beyond(results: Results, experiment: int) -> str:
+    """Return what a dash stands for in an experiment's tables by sparsity, if training left any."""
+    pruned = [
+        masked.criterion
+        for cell in results.cells
+        for masked in cell.masked
+        if masked.experiment == experiment and overshot(cell, masked)
+    ]
+    return "–: training had already pruned more than that." if pruned else ""
+
+
 def masked_series(results: Results, experiment: int, stage: Stage) -> MaskedSeries:
     """Return what masks did: (training, criterion) → sparsity → one measurement per seed.
 

@@ -104,8 +104,14 @@ def test_a_comparison_has_the_choices_and_inference(results, chosen, make_run, t
     assert "fc 93, head 0" in text
     assert "averaged, 20 draws" in text
     with (tmp_path / "out" / "comparison.csv").open(encoding="utf-8", newline="") as file:
-        (line,) = [line for line in csv.DictReader(file) if line["metric"] == "sparsity_pct"]
-    assert float(line["value"]) == pytest.approx(82.5)
+        lines = list(csv.DictReader(file))
+    shares = [(line["kind"], line["value"]) for line in lines if line["metric"] == "sparsity_pct"]
+    assert [kind for kind, _ in shares] == ["dense", "unstructured"]
+    assert [float(value) for _, value in shares] == pytest.approx([71, 82.5])
+    (averaged,) = [
+        line for line in lines if (line["stage"], line["metric"]) == ("averaged", "accuracy")
+    ]
+    assert float(averaged["value"]) == pytest.approx(91.5)
 
 
 def test_tables_of_inference(results):

@@ -103,7 +103,7 @@ def test_every_number_has_one_line(two_runs: list[str]) -> None:
         lines = list(csv.DictReader(file))
     keys = [tuple(v for k, v in line.items() if k not in ("value", "err")) for line in lines]
     assert len(set(keys)) == len(keys)
-    dense = 4 + 3
+    dense = 4 + 1 + 3  # metrics, evidence, costs
     masked = 2 * 6 * 2 * 4  # criteria, sparsities, stages, metrics
     compacted = 2 * 2 * 4 * (3 * 4 + 3)  # criteria, rankings, targets × (stages × metrics + costs)
     assert len(lines) == 2 * (dense + masked + compacted)

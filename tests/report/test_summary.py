@@ -9,6 +9,7 @@ from spamprune.report.results import Results
 from spamprune.report.summary import (
     best_family,
     best_sparsity,
+    beyond,
     families,
     masked_series,
     spread,
@@ -75,6 +76,8 @@ def test_sparsities_that_training_went_beyond_are_left_out(
             masked.achieved = max(masked.requested, 0.9) + 0.4 / cell.size.params  # as rounded
             masked.pruned.accuracy = cell.dense.accuracy
     assert list(masked_series(results, 0, "pruned")["held", "opd"]) == [0.9, 0.95, 0.99]
+    assert "already pruned more" in beyond(results, 0)
+    assert not beyond(results, 1)
     for cell in results.cells:
         cell.masked = cell.masked[:3]
     assert best_sparsity(results) is None
