@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -252,7 +252,7 @@ def figure(points: Sequence[Point]) -> Figure:
     drawing = Figure(figsize=(11, 5.4), layout="constrained")
     names = [n for n in dict.fromkeys(p.name for p in points) if not n.endswith("dense")]
     trainings = dict.fromkeys(_training(p) for p in points if p.name != SCRATCH)
-    markers = dict(zip(trainings, "osD^v", strict=False)) | {SCRATCH: "x"}
+    markers = dict(zip(trainings, cycle("osD^v"), strict=False)) | {SCRATCH: "x"}
     axes_of: dict[str, Callable[[Point], float]] = {
         "MACs of one sample": lambda p: p.macs,
         "Bytes of parameters": lambda p: p.bytes,

@@ -85,13 +85,12 @@ def overshot(cell: Cell, masked: Masked) -> bool:
 
 def beyond(results: Results, experiment: int) -> str:
     """Return what a dash stands for in an experiment's tables by sparsity, if training left any."""
-    pruned = [
-        masked.criterion
+    left_out = any(
+        masked.experiment == experiment and overshot(cell, masked)
         for cell in results.cells
         for masked in cell.masked
-        if masked.experiment == experiment and overshot(cell, masked)
-    ]
-    return "–: training had already pruned more than that." if pruned else ""
+    )
+    return "–: training had already pruned more than that." if left_out else ""
 
 
 def masked_series(results: Results, experiment: int, stage: Stage) -> MaskedSeries:
