@@ -74,6 +74,21 @@ def full_precision() -> Iterator[None]:
             setattr(place, name, old)
 
 
+@contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers that a forward pass changes or replaces, such as a count of its calls."""
+    own = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffers, before in own:
+            buffers.update(before)
+        for buffer, value in values:
+            if not torch.equal(buffer, value):  # nobody can write to one that was expanded
+                buffer.data.copy_(value)
+
+
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """Return the BatchNorms that have running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from spamprune.bayes.reparameterised import Weight, linear
 from spamprune.errors import PosteriorError
+from spamprune.modules import same_buffers
 
 #: Products of data with a weight, as ``(input, weight, bias, …)``, and the axis of channels.
 _PRODUCTS = {
@@ -77,9 +78,9 @@ def uses(network: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -
     """
     names = {id(p): name for name, p in parameters.items()}
     with torch.random.fork_rng(), _kept_activations():
-        with _same_buffers(network), torch.enable_grad(), _Met(len(inputs)) as met:
+        with same_buffers(network), torch.enable_grad(), _Met(len(inputs)) as met:
             outputs = network(inputs)
-        with _same_buffers(network), torch.no_grad(), _Met(2 * len(inputs)) as more:
+        with same_buffers(network), torch.no_grad(), _Met(2 * len(inputs)) as more:
             network(torch.cat([inputs, inputs]))
     flags = [getattr(m, flag, False) for m in network.modules() for flag in _CHECKPOINTING]
     if any(flags) or "CheckpointFunctionBackward" in _operations(outputs):
@@ -98,20 +99,6 @@ def uses(network: nn.Module, parameters: Mapping[str, Tensor], inputs: Tensor) -
         if use.bias in names and met.counts[use.bias] == len(own):
             found.add(names[use.bias])
     return Uses(frozenset(once), frozenset(flipped))
-
-
-@contextmanager
-def _same_buffers(network: nn.Module) -> Iterator[None]:
-    """Leave buffers as they were, those too that the network replaces, such as caches."""
-    own = [(module, dict(module._buffers)) for module in network.modules()]
-    values = [(buffer, buffer.clone()) for buffer in network.buffers()]
-    try:
-        yield
-    finally:
-        for module, buffers in own:
-            module._buffers.update(buffers)
-        for buffer, value in values:
-            buffer.data.copy_(value)
 
 
 @contextmanager

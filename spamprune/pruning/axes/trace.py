@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from spamprune.errors import PruningError
-from spamprune.modules import evaluation_mode
+from spamprune.modules import evaluation_mode, same_buffers
 from spamprune.pruning.axes import bundles
 from spamprune.pruning.axes.axis import Axis, count, fix, leaves
 from spamprune.pruning.axes.call import Axes
@@ -128,7 +128,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         evaluation_mode(model),
         torch.no_grad(),
         _plain_kernels(),
-        _same_buffers(model),
+        same_buffers(model),
         recorder.modules(),
     ):
         try:
@@ -253,18 +253,3 @@ def _plain_kernels() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         torch.backends.cudnn.enabled = cudnn
-
-
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers that a forward pass changes or replaces, such as a count of its calls."""
-    own = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffers, before in own:
-            buffers.update(before)
-        for buffer, value in values:
-            if not torch.equal(buffer, value):  # nobody can write to one that was expanded
-                buffer.data.copy_(value)
