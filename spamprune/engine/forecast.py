@@ -117,14 +117,16 @@ def _training(
         tune = experiment.finetune
         if tune is None:
             continue
-        epochs = tune.epochs
-        if isinstance(experiment, Structured):
-            epochs += experiment.scratch_epochs(config)
-        batches = math.ceil(samples / tune.batch_size) * tune.batch_size / config.batch_size
+        networks = _networks(experiment)
         taught = 4 / 3 if tune.distil is not None else 1  # a teacher's forward pass
-        batches = epochs * batches * taught
-        batches += _evidence_batches(tune, samples, config.batch_size)
-        seconds += len(experiment.criteria) * _networks(experiment) * batches * step
+        # and a pass for each posterior that the next step is scored by
+        epochs = networks * (tune.epochs * taught + experiment.iterative)
+        if isinstance(experiment, Structured):
+            epochs += sum(experiment.scratch_epochs(config, i) for i in range(networks))
+        batches = math.ceil(samples / tune.batch_size) * tune.batch_size / config.batch_size
+        batches = epochs * batches
+        batches += networks * _evidence_batches(tune, samples, config.batch_size)
+        seconds += len(experiment.criteria) * batches * step
     return seconds
 
 
@@ -141,7 +143,7 @@ def _measuring(experiment: Experiment, data: DataSet) -> float:
     """Return for how many samples' steps an experiment scores, and measures what it pruned."""
     tests = len(data.test) / 3  # a forward pass is a third of a step
     found = len(experiment.criteria) * _networks(experiment) * tests
-    times = 1
+    times = _networks(experiment) if experiment.iterative else 1
     if isinstance(experiment, Unstructured) and experiment.rounds > 1:  # on the way to each
         times = experiment.rounds * len(experiment.sparsities)
     passes = sum(_SCORING.get(criterion, 0) for criterion in experiment.criteria)

@@ -171,7 +171,7 @@ def _check_curvature(recipe: Recipe, data: DataSet, model: nn.Module) -> None:
     fitted += [
         (f"prune.{i}.finetune", e.finetune)
         for i, e in enumerate(recipe.prune)
-        if e.finetune is not None and e.finetune.method == "spam"
+        if e.finetune is not None and (e.finetune.method == "spam" or e.iterative)
     ]
     once = {(s.curvature, likelihood_of(s.loss)): where for where, s in reversed(fitted)}
     sample = next(iter(data.train.loader(1)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +13,11 @@ from torch import nn
 from spamprune import artifact
 from spamprune.engine.bench import Bench, create_model
 from spamprune.engine.subject import Subject, train_on
+from spamprune.files import write_text
 from spamprune.pruning import compaction, plan
 from spamprune.pruning.block import BlockOPD
 from spamprune.pruning.compensation import compensate
+from spamprune.pruning.masks import Masks
 from spamprune.pruning.units import Scores
 from spamprune.recipe.schema import BLOCK_OPD, FineTune, Structured, Target
 from spamprune.report.results import Compacted, Quality
@@ -27,17 +31,72 @@ def run(subject: Subject) -> Iterator[Compacted]:
     bench = subject.bench
     for index, experiment in subject.experiments(Structured):
         for criterion in experiment.criteria:
-            values = _scores(subject, criterion)
-            for wanted in experiment.targets:
+            step = _Step(subject, criterion)
+            for position, wanted in enumerate(experiment.targets):
                 target = _target(subject, wanted)
+                if step.reached(target):
+                    continue
                 name = "prune{}-{}-{}-{}{}".format(
                     index, criterion, experiment.ranking, *target.named()
                 )
-                yield bench.once(
-                    name,
-                    Compacted,
-                    partial(_compact, subject, experiment, index, criterion, values, target, name),
-                )
+                make = partial(_compact, step, experiment, index, position, target, name)
+                record = bench.once(name, Compacted, make)
+                yield record
+                if experiment.iterative:
+                    step = step.next(name, record)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Where pruning stands.
+
+    Attributes:
+        subject: The network to prune.
+        criterion: What its units are ranked by.
+        plans: What was removed from the trained network before, in steps.
+        left: Fractions of the trained network's costs that are left, as far as known.
+        widths: Units kept by layers that were cut.
+    """
+
+    subject: Subject
+    criterion: str
+    plans: tuple[compaction.Plan, ...] = ()
+    left: Mapping[str, float] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """What units are ranked by."""
+        if self.criterion == BLOCK_OPD:
+            return BlockOPD(self.subject.model, self.subject.posterior)
+        return self.subject.scores(self.criterion)
+
+    def reached(self, target: plan.Target) -> bool:
+        """Return whether the network is as small already: units are coarse."""
+        key, value = target.named()
+        return key in self.left and value >= self.left[key]
+
+    def remaining(self, target: plan.Target) -> plan.Target:
+        """Return a target, which is of the trained network, relative to this one."""
+        key, value = target.named()
+        if key not in self.left:
+            return target
+        relative: dict[str, Any] = {key: value / self.left[key]}
+        return plan.Target(**relative)
+
+    def next(self, name: str, record: Compacted) -> _Step:
+        """Return where pruning stands after the stage ``name``."""
+        path = self.subject.bench.folder / f"{name}.plan.json"
+        chosen = compaction.Plan.from_json(path.read_text(encoding="utf-8"))
+        left = self.subject.after(name, _cut_masks(self.subject, chosen))
+        return _Step(left, self.criterion, (*self.plans, chosen), record.achieved, record.widths)
+
+
+def _cut_masks(subject: Subject, chosen: compaction.Plan) -> Masks | None:
+    """Return which weights are held at zero of the network that a plan leaves."""
+    return subject.held and {
+        name: compaction.cut_tensor(chosen, name, mask) for name, mask in subject.held.items()
+    }
 
 
 def _target(subject: Subject, wanted: Target) -> plan.Target:
@@ -46,25 +105,18 @@ def _target(subject: Subject, wanted: Target) -> plan.Target:
     return plan.Target(**wanted.model_dump())
 
 
-def _scores(subject: Subject, criterion: str) -> Scores:
-    """Return what units are ranked by."""
-    if criterion == BLOCK_OPD:
-        return BlockOPD(subject.model, subject.posterior)
-    return subject.scores(criterion)
-
-
 def _compact(
-    subject: Subject,
+    step: _Step,
     experiment: Structured,
     index: int,
-    criterion: str,
-    values: Scores,
+    position: int,
     target: plan.Target,
     name: str,
 ) -> Compacted:
-    bench, model = subject.bench, subject.model
-    example = bench.example()
-    chosen = plan.plan(model, example, values, target, **experiment.choices())
+    subject, bench, model = step.subject, step.subject.bench, step.subject.model
+    wanted = step.remaining(target)
+    chosen = plan.plan(model, bench.example(), step.scores, wanted, **experiment.choices())
+    plans = [*step.plans, chosen]
     full = compensate(model, chosen, subject.posterior) if experiment.compensate else model
     small = compaction.apply(full, chosen)
     residual = compaction.verify(full, small, chosen, bench.example(VERIFY_BATCH))
@@ -72,33 +124,34 @@ def _compact(
     after, scratch = None, None
     if experiment.finetune is not None:
         if experiment.scratch is not None:
-            epochs = experiment.scratch_epochs(bench.config)
+            epochs = experiment.scratch_epochs(bench.config, position)
             # a fresh network has no statistics to freeze
             anew = experiment.finetune.model_copy(
                 update={"optimiser": experiment.scratch, "epochs": epochs, "norms": "train"}
             )
             scratch = bench.once(
-                f"{name}.scratch", Quality, partial(_from_scratch, bench, chosen, anew, name)
+                f"{name}.scratch", Quality, partial(_from_scratch, bench, plans, anew, name)
             )
-        held = subject.held and {
-            n: compaction.cut_tensor(chosen, n, mask) for n, mask in subject.held.items()
-        }
-        subject.finetune(small, experiment.finetune, f"{name}.finetune", held)
+        held = _cut_masks(subject, chosen)
+        subject.finetune(small, experiment.finetune, name, held, leads_on=experiment.iterative)
         after = bench.quality(small, bench.data.test)
     folder = bench.folder / name
-    artifact.save(
-        small, folder, preprocessing=bench.data.preprocessing, extra={"plan": chosen.summary()}
-    )
+    about = {"plans": [p.summary() for p in plans]} if plans[1:] else {"plan": chosen.summary()}
+    artifact.save(small, folder, preprocessing=bench.data.preprocessing, extra=about)
+    if experiment.iterative:
+        write_text(bench.folder / f"{name}.plan.json", chosen.to_json())
     size = bench.size(small).model_copy(update={"artifact_bytes": artifact.artifact_bytes(folder)})
     return Compacted(
         experiment=index,
-        criterion=criterion,
+        schedule=experiment.schedule,
+        criterion=step.criterion,
         compensated=experiment.compensate,
         ranking=experiment.ranking,
-        target=chosen.target,
-        achieved=chosen.achieved,
+        target=dict([target.named()]),
+        achieved={key: step.left.get(key, 1.0) * left for key, left in chosen.achieved.items()},
         notes=list(chosen.notes),
-        widths=chosen.widths(),
+        # a plan tells nothing of layers that cannot be cut further
+        widths={**step.widths, **chosen.widths()},
         residual=residual,
         size=size,
         pruned=before,
@@ -108,10 +161,13 @@ def _compact(
     )
 
 
-def _from_scratch(bench: Bench, chosen: compaction.Plan, training: FineTune, name: str) -> Quality:
-    """Train the planned architecture from fresh weights and measure it."""
-    fresh = create_model(bench.recipe, bench.seed).to(bench.example().device)
-    shaped = compaction.apply(fresh, chosen)
+def _from_scratch(
+    bench: Bench, plans: Sequence[compaction.Plan], training: FineTune, name: str
+) -> Quality:
+    """Train the architecture that plans lead to from fresh weights and measure it."""
+    shaped = fresh = create_model(bench.recipe, bench.seed).to(bench.example().device)
+    for chosen in plans:
+        shaped = compaction.apply(shaped, chosen)
     torch.manual_seed(bench.seed)
     reinitialise(shaped, fresh)
     train_on(bench, shaped, training, f"{name}.scratch")

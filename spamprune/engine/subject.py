@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from spamprune import artifact, scores
-from spamprune.bayes.posterior import Posterior
+from spamprune.bayes.posterior import Posterior, load_posterior
+from spamprune.bayes.spam import SpaM
 from spamprune.engine.bench import Bench
 from spamprune.engine.fit import fit
 from spamprune.engine.methods import ByPrior, spam_of
@@ -36,13 +37,15 @@ class Subject:
         bench: The cell that it is of.
         model: The network.
         posterior: Around its weights.
-        held: False where its training pruned a weight for good, by name; None if it pruned none.
+        held: False where a weight was pruned for good, by name; None if none was.
+        dense: The network that training left, if this one was pruned from it.
     """
 
     bench: Bench
     model: nn.Module
     posterior: Posterior
     held: masks.Masks | None = None
+    dense: nn.Module | None = None
 
     def scores(self, criterion: str, model: nn.Module | None = None) -> Scores:
         """Score the trained network, or a masked copy of it."""
@@ -65,11 +68,11 @@ class Subject:
                 yield index, experiment
 
     def held_first(self, scored: Scores) -> Scores:
-        """Return scores by which what training pruned goes before all else."""
+        """Return scores by which what is pruned already goes before all else."""
         return scored if self.held is None else masks.gone_first(scored, self.held)
 
     def with_held(self, chosen: masks.Masks) -> masks.Masks:
-        """Return masks that hold, besides what they hold, what training pruned."""
+        """Return masks that hold, besides what they hold, what is pruned already."""
         held = self.held
         return chosen if held is None else held | {n: m & held[n] for n, m in chosen.items()}
 
@@ -103,7 +106,7 @@ class Subject:
         masks.apply_masks(pruned, chosen)
         before, after = self.just_pruned(pruned, experiment), None
         if experiment.finetune is not None:
-            self.finetune(pruned, experiment.finetune, f"{name}.finetune", chosen)
+            self.finetune(pruned, experiment.finetune, name, chosen, leads_on=experiment.iterative)
             after = bench.quality(pruned, bench.data.test)
         preprocessing = bench.data.preprocessing
         artifact.save(pruned, bench.folder / name, preprocessing=preprocessing, extra=about)
@@ -122,18 +125,45 @@ class Subject:
         finetune: FineTune,
         name: str,
         held_masks: masks.Masks | None = None,
+        *,
+        leads_on: bool = False,
     ) -> None:
-        """Train a pruned copy of the network in place, which may learn from the network itself.
+        """Train a pruned copy of the network in place, which may learn from the dense network.
 
         Args:
             pruned: The copy.
             finetune: How it is trained.
-            name: Of this stage, in progress and on disk.
+            name: Of its stage, in progress and on disk.
             held_masks: Of weights that stay at zero.
+            leads_on: Keep its posterior for :meth:`after`.
         """
-        teacher = None if finetune.distil is None else Teacher(self.model, finetune.distil)
-        with evaluation_mode(self.model):
-            train_on(self.bench, pruned, finetune, name, held_masks, teacher)
+        bench, dense = self.bench, self._dense
+        teacher = None if finetune.distil is None else Teacher(dense, finetune.distil)
+        with evaluation_mode(dense):
+            spam = train_on(bench, pruned, finetune, f"{name}.finetune", held_masks, teacher)
+        if leads_on:
+            data = bench.data.train.loader(finetune.batch_size)
+            spam.posterior(data).save(bench.folder / _posterior(name))
+
+    def after(self, name: str, held: masks.Masks | None = None) -> Subject:
+        """Return what a stage that leads on saved, to be pruned further.
+
+        Args:
+            name: The stage's.
+            held: False where a weight of it was pruned for good.
+        """
+        folder = self.bench.folder
+        model = artifact.load(folder / name).to(self.bench.accelerator.device)
+        posterior = load_posterior(folder / _posterior(name)).on(model)
+        return replace(self, model=model, posterior=posterior, held=held, dense=self._dense)
+
+    @property
+    def _dense(self) -> nn.Module:
+        return self.model if self.dense is None else self.dense
+
+
+def _posterior(name: str) -> str:
+    return f"{name}.posterior.safetensors"
 
 
 def train_on(
@@ -143,10 +173,15 @@ def train_on(
     name: str,
     held_masks: masks.Masks | None = None,
     teacher: Teacher | None = None,
-) -> None:
-    """Train ``model`` in place as fine-tuning does, without distillation unless by ``teacher``."""
+) -> SpaM:
+    """Train ``model`` in place as fine-tuning does, without distillation unless by ``teacher``.
+
+    Returns:
+        Its prior.
+    """
     spam = spam_of(finetune, model, len(bench.data.train), bench.seed, held_masks)
     checkpoint = bench.folder / f"{name}.checkpoint.safetensors"
     job = replace(bench.job(finetune, teacher), masks=held_masks, checkpoint=checkpoint)
     fit(model, ByPrior(spam), job, bench.accelerator, lambda record: bench.on_epoch(name, record))
     checkpoint.unlink(missing_ok=True)
+    return spam

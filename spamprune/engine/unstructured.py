@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 
 from spamprune import scores
+from spamprune.bayes.parameters import named_parameters
 from spamprune.engine.automatic import masks_by_evidence
 from spamprune.engine.subject import Subject
 from spamprune.pruning import cost, masks
@@ -18,7 +20,7 @@ def run(subject: Subject) -> Iterator[Masked]:
     bench = subject.bench
     for index, experiment in subject.experiments(Unstructured):
         for criterion in experiment.criteria:
-            values = subject.scores(criterion)
+            start, scored = subject, cache(partial(subject.scores, criterion))
             by_evidence = [None] if experiment.target == "evidence" else []
             for sparsity in [*experiment.sparsities, *by_evidence]:
                 goal = "evidence" if sparsity is None else sparsity
@@ -26,8 +28,17 @@ def run(subject: Subject) -> Iterator[Masked]:
                 yield bench.once(
                     name,
                     Masked,
-                    partial(_mask, subject, experiment, index, criterion, values, sparsity, name),
+                    partial(_mask, start, experiment, index, criterion, scored, sparsity, name),
                 )
+                if experiment.iterative:
+                    start = _held(start.after(name))
+                    scored = cache(partial(start.scores, criterion))
+
+
+def _held(left: Subject) -> Subject:
+    """Return a masked network, to be pruned further, with its masks."""
+    zeros = {n: p.detach() != 0 for n, p in named_parameters(left.model).items()}
+    return replace(left, held=zeros)
 
 
 def _mask(
@@ -35,22 +46,23 @@ def _mask(
     experiment: Unstructured,
     index: int,
     criterion: str,
-    values: scores.Scores,
+    scored: Callable[[], scores.Scores],
     sparsity: float | None,
     name: str,
 ) -> Masked:
     """Prune to a sparsity, or where there is none, to that of most evidence."""
     found = None
     if sparsity is None:
-        comparable = _comparable(subject, experiment, criterion, values)
+        comparable = _comparable(subject, experiment, criterion, scored())
         chosen, found = masks_by_evidence(subject, comparable)
     else:
-        chosen = subject.with_held(_choose(subject, experiment, criterion, values, sparsity))
+        chosen = subject.with_held(_choose(subject, experiment, criterion, scored, sparsity))
     achieved = masks.sparsity_of(chosen)
     about = {"sparsity": achieved, "criterion": criterion}
     pruned, before, after = subject.masked(chosen, experiment, name, about)
     return Masked(
         experiment=index,
+        schedule=experiment.schedule,
         criterion=criterion,
         requested=achieved if sparsity is None else sparsity,
         achieved=achieved,
@@ -66,12 +78,12 @@ def _choose(
     subject: Subject,
     experiment: Unstructured,
     criterion: str,
-    values: scores.Scores,
+    scored: Callable[[], scores.Scores],
     sparsity: float,
 ) -> masks.Masks:
     """Return masks of the sparsity, at once or in rounds."""
     if experiment.rounds == 1:
-        return masks.global_masks(_comparable(subject, experiment, criterion, values), sparsity)
+        return masks.global_masks(_comparable(subject, experiment, criterion, scored()), sparsity)
     return masks.iterative_masks(
         subject.model,
         lambda model: _comparable(subject, experiment, criterion, subject.scores(criterion, model)),

@@ -22,6 +22,7 @@ from spamprune.report.summary import (
 
 _COLUMNS = (
     *("dataset", "model", "training", "method", "hessian", "prior", "kind", "experiment"),
+    "schedule",
     *("epoch", "stage", "criterion", "ranking", "target", "sparsity_pct"),
     *("metric", "value", "err", "seeds"),
 )
@@ -80,6 +81,8 @@ def _note_trained(lines: _Lines, cell: Cell) -> None:
 
 def _note_pruned(lines: _Lines, record: Measured, origin: str) -> None:
     key: _Key = {"kind": record.kind, "experiment": origin, "criterion": record.criterion}
+    if not isinstance(record, Patterned):
+        key["schedule"] = record.schedule
     if isinstance(record, Masked) and record.chosen is not None:
         key["target"] = "evidence"
         _note(lines, {**key, "metric": "sparsity_pct"}, 100 * record.achieved)

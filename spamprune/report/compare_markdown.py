@@ -23,6 +23,7 @@ from spamprune.report.summary import (
     masked_series,
     masked_stages,
     spread,
+    step_by_step,
     trainings,
     unstructured_experiments,
 )
@@ -75,8 +76,8 @@ def _after(merged: Merged) -> Iterator[str]:
             for metric, label in METRICS.items():
                 yield f"{label} at sparsity:\n"
                 yield _masked_table(merged, experiment, stage, metric).markdown()
-        if note := beyond(results, experiment):
-            yield f"{note}\n"
+        notes = (step_by_step(results, experiment), beyond(results, experiment))
+        yield from (f"{note}\n" for note in notes if note)
         evidence = bayes.evidence_table(results, experiment)
         if evidence.rows:
             yield f"## Sparsity of most evidence (`{origins[experiment]}`)\n"
@@ -88,6 +89,8 @@ def _after(merged: Merged) -> Iterator[str]:
     shown = families(results)
     for experiment in sorted({family.experiment for family in shown}):
         yield f"## Structured, accuracy / % (`{origins[experiment]}`)\n"
+        if note := step_by_step(results, experiment):
+            yield f"{note}\n"
         yield _compacted_table(merged, [f for f in shown if f.experiment == experiment]).markdown()
 
 

@@ -11,6 +11,7 @@ from spamprune.report.summary import (
     masked_series,
     spread,
     spread_of,
+    step_by_step,
     trained_whole,
     unstructured_experiments,
 )
@@ -61,6 +62,8 @@ def post_hoc(results: Results) -> dict[str, dict[float, list[Quality]]]:
     whole = trained_whole(results)
     series: dict[str, dict[float, list[Quality]]] = {}
     for experiment in unstructured_experiments(whole):
+        if step_by_step(whole, experiment):
+            continue
         for (training, criterion), points in masked_series(whole, experiment, "pruned").items():
             if criterion in criteria:
                 name = training if len(criteria) == 1 else f"{training}, {criterion}"

@@ -33,6 +33,7 @@ from spamprune.report.summary import (
     families,
     masked_stages,
     spread,
+    step_by_step,
     trained_whole,
     trainings,
     unstructured_experiments,
@@ -211,7 +212,7 @@ def _unstructured(results: Results, experiment: int) -> _Section:
         caption = (
             f"Quality on the test data against sparsity, {words}. {_BAND} The sparsity axis is "
             "logarithmic in the weights that remain; dashed lines without markers are as trained"
-            f"{stars}."
+            f"{stars}. {step_by_step(results, experiment)}"
         )
         svg = sparsity_curves(results, experiment, stage)
         figures.append(_Figure(f"unstructured-{experiment}-{stage}", svg, caption))
@@ -242,7 +243,8 @@ def _semi_structured(results: Results, experiment: int) -> _Section:
 def _structured(results: Results, experiment: int) -> _Section:
     caption = (
         f"Test accuracy against cost of the networks with their units removed. {_BAND} The "
-        "accuracy axis is stretched towards 100 %; both cost axes are logarithmic."
+        "accuracy axis is stretched towards 100 %; both cost axes are logarithmic. "
+        f"{step_by_step(results, experiment)}"
     )
     figure = _Figure(f"structured-{experiment}", cost_accuracy(results, experiment), caption)
     content = (

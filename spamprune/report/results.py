@@ -11,6 +11,8 @@ from spamprune.errors import OutputError
 from spamprune.files import write_text
 
 RESULTS = "results.json"
+#: iterative: pruned from the fine-tuned network of the step before.
+Schedule = Literal["one_shot", "iterative"]
 
 
 class Record(BaseModel):
@@ -56,6 +58,7 @@ class Masked(Record):
 
     kind: Literal["unstructured"] = "unstructured"
     experiment: int  # its position in the recipe's `prune`
+    schedule: Schedule = "one_shot"
     criterion: str
     requested: float  # where the evidence chose: as achieved
     achieved: float
@@ -88,6 +91,7 @@ class Compacted(Record):
 
     kind: Literal["structured"] = "structured"
     experiment: int
+    schedule: Schedule = "one_shot"
     criterion: str
     compensated: bool = False  # whether the weights that stay made up for those that went
     ranking: Literal["uniform", "global", "per_cost", "isomorphic"]
@@ -97,7 +101,7 @@ class Compacted(Record):
     widths: dict[str, int]  # layer → units kept
     residual: float  # largest relative difference from the masked network
     size: Size
-    pruned: Quality
+    pruned: Quality  # right after the step
     finetuned: Quality | None = None
     scratch: Quality | None = None  # the same architecture trained from fresh weights
     artifact: str  # folder, relative to the run's

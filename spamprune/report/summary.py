@@ -93,6 +93,16 @@ def beyond(results: Results, experiment: int) -> str:
     return "–: training had already pruned more than that." if left_out else ""
 
 
+def step_by_step(results: Results, experiment: int) -> str:
+    """Return what is to be said of an iterative experiment's networks; nothing of others."""
+    records: list[Masked | Compacted] = []
+    for cell in results.cells:
+        records += [*cell.masked, *cell.compacted]
+    if not any(r.experiment == experiment and r.schedule == "iterative" for r in records):
+        return ""
+    return "Iterative: each network was pruned from the fine-tuned one before it."
+
+
 def masked_series(results: Results, experiment: int, stage: Stage) -> MaskedSeries:
     """Return what masks did: (training, criterion) → sparsity → one measurement per seed.
 
@@ -222,6 +232,7 @@ def best_sparsity(results: Results) -> SparsityRecord | None:
         )
         for experiment in unstructured_experiments(results)
         for stage in masked_stages(results, experiment)
+        if stage == "finetuned" or not step_by_step(results, experiment)
         for (training, criterion), points in masked_series(results, experiment, stage).items()
         for sparsity, qualities in points.items()
         for accuracy in [spread_of(qualities, "accuracy")]

@@ -20,6 +20,7 @@ from spamprune.report.summary import (
     masked_series,
     spread,
     spread_of,
+    step_by_step,
     trainings,
     unstructured_experiments,
 )
@@ -86,7 +87,8 @@ def _unstructured(results: Results) -> list[Table]:
                 mean = spread_of(qualities, "accuracy").mean
                 rows.setdefault(key, {})["most evidence"] = f"{mean:.1f} @ {100 * sparsity:.1f} %"
         if rows:
-            made.append(_experiment(f"prune.{experiment}: mean accuracy at sparsity", rows))
+            title = f"{_title(results, experiment)}: mean accuracy at sparsity"
+            made.append(_experiment(title, rows))
     return made
 
 
@@ -112,9 +114,13 @@ def _structured(results: Results) -> list[Table]:
         row = rows.setdefault((family.training, family.criterion), {})
         row[target(family.target)] = f"{family.final_accuracy().mean:.1f}"
     return [
-        _experiment(f"prune.{experiment}: mean accuracy after removing units", rows)
+        _experiment(f"{_title(results, experiment)}: mean accuracy after removing units", rows)
         for experiment, rows in made.items()
     ]
+
+
+def _title(results: Results, experiment: int) -> str:
+    return f"prune.{experiment}" + ", iterative" * bool(step_by_step(results, experiment))
 
 
 def _experiment(title: str, rows: Rows) -> Table:

@@ -45,6 +45,26 @@ class Selective(Section):
         """Return whether the experiment is made on a training."""
         return self.trainings is None or training in self.trainings
 
+    @property
+    def iterative(self) -> bool:
+        """Whether each network is pruned from the fine-tuned one before it."""
+        return False
+
+
+class Scheduled(Selective):
+    """An experiment that may go step by step."""
+
+    schedule: Literal["one_shot", "iterative"] = Field(
+        "one_shot",
+        description="one_shot: each network is pruned from the trained one; iterative: from the "
+        "one before it, once that is fine-tuned and scored anew.",
+    )
+
+    @property
+    def iterative(self) -> bool:
+        """Whether each network is pruned from the fine-tuned one before it."""
+        return self.schedule == "iterative"
+
 
 class Masking(Selective):
     """An experiment that sets weights to zero and leaves shapes as they are."""
@@ -61,8 +81,8 @@ _CHANGING = ("snip", "grasp", "taylor", "synflow")
 _SIGNED = ("bmr",)
 
 
-class Unstructured(Masking):
-    """Global one-shot masks over all parameters."""
+class Unstructured(Scheduled, Masking):
+    """Global masks over all parameters."""
 
     kind: Literal["unstructured"] = Field(description="Which kind of pruning this is.")
     sparsities: Annotated[list[Fraction], AfterValidator(distinct)] = Field(
@@ -112,6 +132,24 @@ class Unstructured(Masking):
             )
         return self
 
+    @model_validator(mode="after")
+    def _steps_lead_on(self) -> Unstructured:
+        if not self.iterative:
+            return self
+        if self.finetune is None:
+            raise fault("'iterative' fine-tunes after each step: give finetune", "schedule")
+        if self.target is not None:
+            raise fault(
+                "the evidence is of the network that training left, so that it chooses for "
+                "'one_shot' only: leave target out",
+                "target",
+            )
+        if self.sparsities != sorted(self.sparsities):
+            raise fault(
+                "'iterative' goes from one to the next: order them from low to high", "sparsities"
+            )
+        return self
+
 
 class SemiStructured(Masking):
     """N:M masks: of each M weights along the input dimension the N best stay."""
@@ -132,12 +170,16 @@ class Scratch(Optimiser):
 
     budget: Literal["finetune", "total"] = Field(
         "finetune",
-        description="finetune: as many epochs as the fine-tuning; total: as many as the training "
-        "and the fine-tuning together.",
+        description="finetune: as many epochs as the fine-tuning, of all steps so far; total: as "
+        "many as the training and the fine-tuning together.",
     )
 
 
-class Structured(Units, Selective):
+#: Budgets that later steps can be told relative to the network before them.
+_COSTS = ("macs", "params", "bytes")
+
+
+class Structured(Units, Scheduled):
     """Units removed for real, coupled layers together."""
 
     kind: Literal["structured"] = Field(description="Which kind of pruning this is.")
@@ -192,12 +234,49 @@ class Structured(Units, Selective):
                 )
         return self
 
-    def scratch_epochs(self, training: Train) -> int:
-        """Return how long the pruned architecture of a training is trained from fresh weights."""
+    @model_validator(mode="after")
+    def _steps_lead_on(self) -> Structured:
+        if not self.iterative:
+            return self
+        if self.finetune is None:
+            raise fault("'iterative' fine-tunes after each step: give finetune", "schedule")
+        if self.ratios:
+            raise fault("each step would remove them again: leave ratios out", "ratios")
+        given = [(k, v) for t in self.targets for k, v in t.model_dump(exclude_none=True).items()]
+        keys, budgets = {key for key, _ in given}, [budget for _, budget in given]
+        if len(keys) > 1 or not keys <= set(_COSTS):
+            raise fault(
+                f"'iterative' goes from budget to budget: give all of one of {', '.join(_COSTS)}",
+                "targets",
+            )
+        if budgets != sorted(budgets, reverse=True):
+            raise fault(
+                "'iterative' goes from one to the next: order them from large to small", "targets"
+            )
+        field = self.needs_factors()
+        if field is not None and self.finetune.curvature.structure != "kron":
+            raise fault(
+                "steps after the first need Kronecker factors of the fine-tuned network: give "
+                "finetune the method 'spam' and curvature.structure 'kron'",
+                *field,
+            )
+        return self
+
+    def tunings(self, position: int) -> int:
+        """Return how often the network of the target at a position has been fine-tuned."""
+        return position + 1 if self.iterative else 1
+
+    def scratch_epochs(self, training: Train, position: int) -> int:
+        """Return how long a training's network is trained from fresh weights.
+
+        Args:
+            training: What the network comes from.
+            position: That of its target in ``targets``.
+        """
         if self.scratch is None or self.finetune is None:
             return 0
         before = training.epochs if self.scratch.budget == "total" else 0
-        return before + self.finetune.epochs
+        return before + self.finetune.epochs * self.tunings(position)
 
     def needs_factors(self) -> tuple[str | int, ...] | None:
         """Return the field that asks for Kronecker factors of the posterior, if one does."""
