@@ -2,7 +2,8 @@
 
 ``python benchmarks/published.py TABLE COMPARISON.csv``, where TABLE is 1, 2, 3 or 4 and the CSV is
 what ``spamprune compare`` leaves. Our rows are those of the same criterion, Hessian and prior, on
-whatever data and network the runs were: each names its data, network, training and experiment.
+whatever data and network the runs were: the head names what all have in common, and rows that agree
+are told apart by the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 PUBLISHED = Path(__file__).parent / "published" / "spam_tables_1_to_4.csv"
 METRICS = {"acc": ("accuracy", 1), "nll": ("nll", 2)}  # the paper's name → ours, digits shown
-_NAMES = ("dataset", "model", "training", "experiment")  # what tells our rows apart
+_NAMES = ("dataset", "model", "experiment", "training")  # what tells our rows apart
 _PRIORS = {"SpaM param-wise": "parameterwise", "parameter-wise": "parameterwise"}
 
 Row = tuple[str, str, str]  # criterion, Hessian, prior
@@ -30,19 +31,38 @@ def published(table: str) -> tuple[Numbers, str, str]:
     return _numbers(lines, METRICS[metric][1], lambda _: "paper"), title, metric
 
 
-def ours(path: Path, metric: str) -> Numbers:
-    """Return what masks did without fine-tuning, from a CSV of ``spamprune compare``."""
+def ours(path: Path, metric: str) -> tuple[Numbers, str]:
+    """Return what masks did without fine-tuning, and what all rows have in common.
+
+    Args:
+        path: A CSV of ``spamprune compare``.
+        metric: The paper's name of it.
+    """
     name, digits = METRICS[metric]
+    wanted = ("unstructured", "pruned", name)
     with path.open(encoding="utf-8", newline="") as file:
-        return _numbers(
-            (
-                line
-                for line in csv.DictReader(file)
-                if (line["kind"], line["stage"], line["metric"]) == ("unstructured", "pruned", name)
-            ),
-            digits,
-            lambda line: ", ".join(line[column] for column in _NAMES),
-        )
+        lines = [
+            line
+            for line in csv.DictReader(file)
+            if (line["kind"], line["stage"], line["metric"]) == wanted
+        ]
+    groups: dict[Row, list[dict[str, str]]] = {}
+    for line in lines:
+        groups.setdefault(_row(line), []).append(line)
+
+    def whose(line: dict[str, str]) -> str:
+        group = groups[_row(line)]
+        own = [line[name] for name in _NAMES if len({other[name] for other in group}) > 1]
+        return ", ".join(own) or "ours"
+
+    values = ({line[name] for line in lines} for name in _NAMES)
+    shared = [next(iter(found)) for found in values if len(found) == 1]
+    return _numbers(lines, digits, whose), ", ".join(shared)
+
+
+def _row(line: dict[str, str]) -> Row:
+    prior = _PRIORS.get(line["prior"], line["prior"])
+    return line["criterion"].lower(), "" if prior == "MAP" else line["hessian"], prior
 
 
 def _numbers(
@@ -50,21 +70,18 @@ def _numbers(
 ) -> Numbers:
     found: Numbers = {}
     for line in lines:
-        prior = _PRIORS.get(line["prior"], line["prior"])
-        hessian = "" if prior == "MAP" else line["hessian"]
         error = f" ± {float(line['err']):.{digits}f}" if line["err"] else ""
         text = f"{float(line['value']):.{digits}f}{error}"
-        row = (line["criterion"].lower(), hessian, prior)
-        found.setdefault(row, {}).setdefault(whose(line), {})[line["sparsity_pct"]] = text
+        found.setdefault(_row(line), {}).setdefault(whose(line), {})[line["sparsity_pct"]] = text
     return found
 
 
 def print_table(table: str, path: Path) -> None:
     """Print the table as Markdown, our rows under the paper's."""
     theirs, title, metric = published(table)
-    here = ours(path, metric)
+    here, common = ours(path, metric)
     sparsities = sorted({s for row in theirs.values() for s in row["paper"]}, key=float)
-    print(f"{title}; ours: {path}\n")
+    print(f"{title}; ours: {common}\n")
     head = ["Criterion", "Hessian", "Prior", "", *(f"{s} %" for s in sparsities)]
     rows = [head, ["---"] * len(head)]
     for row, paper in theirs.items():

@@ -23,7 +23,7 @@ LINE = {
 }
 
 
-def test_rows_of_ours_that_agree_stand_side_by_side_by_name(
+def test_rows_of_ours_that_agree_are_told_apart_by_what_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [
@@ -43,11 +43,27 @@ def test_rows_of_ours_that_agree_stand_side_by_side_by_name(
     of = [row for row in rows if row[0] == "opd" and row[2] == "MAP"]
     assert [(row[3], row[4]) for row in of] == [
         ("paper", "88.1 ± 0.1"),
-        ("cancer, fc_cancer, map, prune.0 of a", "91.0"),
-        ("cancer, fc_cancer, map, prune.1 of a", "92.0"),
-        ("cancer, fc_cancer, b, prune.0 of b", "93.0"),
+        ("prune.0 of a, map", "91.0"),
+        ("prune.1 of a, map", "92.0"),
+        ("prune.0 of b, b", "93.0"),
     ]
+    assert rows[0] == ["Table 1: ResNet18-fixup, CIFAR-10, acc; ours: cancer, fc_cancer"]
     (missing,) = [
         row for row in rows if row[3:4] == ["ours"] and row[0] == "grasp" and row[2] == "MAP"
     ]
     assert set(missing[4:]) == {"–"}
+
+
+def test_a_row_that_is_the_only_one_is_ours(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "comparison.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [*LINE, "training", "experiment", "value"])
+        writer.writeheader()
+        own = {"training": "map", "experiment": "prune.0 of a", "value": "91"}
+        writer.writerow({**LINE, **own})
+    print_table("1", path)
+    text = capsys.readouterr().out
+    assert text.startswith("Table 1: ResNet18-fixup, CIFAR-10, acc; ours: cancer, fc_cancer, ")
+    assert "| opd |  | MAP | ours | 91.0 |" in text
