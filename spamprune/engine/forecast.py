@@ -122,7 +122,8 @@ def _training(
         # and a pass for each posterior that the next step is scored by
         epochs = networks * (tune.epochs * taught + experiment.iterative)
         if isinstance(experiment, Structured):
-            epochs += sum(experiment.scratch_epochs(config, i) for i in range(networks))
+            tunings = [i if experiment.iterative else 1 for i in range(1, networks + 1)]
+            epochs += sum(experiment.scratch_epochs(config, n) for n in tunings)
         batches = math.ceil(samples / tune.batch_size) * tune.batch_size / config.batch_size
         batches = epochs * batches
         batches += networks * _evidence_batches(tune, samples, config.batch_size)

@@ -79,7 +79,7 @@ class Progress:
         index = int(stage.removeprefix("prune").partition("-")[0])
         experiment = self._recipe.prune[index]
         if isinstance(experiment, Structured) and stage.endswith(".scratch"):
-            last = len(experiment.targets) - 1  # other targets may take less
-            return experiment.scratch_epochs(self._recipe.train[training], last)
+            tunings = len(experiment.targets) if experiment.iterative else 1  # at most
+            return experiment.scratch_epochs(self._recipe.train[training], tunings)
         finetune = experiment.finetune
         return finetune.epochs if finetune is not None else 0

@@ -25,7 +25,7 @@ def run(subject: Subject) -> Iterator[Patterned]:
     bench = subject.bench
     for index, experiment in subject.experiments(SemiStructured):
         for criterion in experiment.criteria:
-            values = subject.scores(criterion)
+            values = subject.scores(criterion, experiment.batches)
             name = f"prune{index}-{criterion}-{experiment.n}of{experiment.m}"
             yield bench.once(
                 name, Patterned, partial(_mask, subject, experiment, index, criterion, values, name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from spamprune.files import write_text
 from spamprune.pruning import compaction, plan
 from spamprune.pruning.block import BlockOPD
 from spamprune.pruning.compensation import compensate
-from spamprune.pruning.masks import Masks
 from spamprune.pruning.units import Scores
 from spamprune.recipe.schema import BLOCK_OPD, FineTune, Structured, Target
 from spamprune.report.results import Compacted, Quality
@@ -31,15 +30,16 @@ def run(subject: Subject) -> Iterator[Compacted]:
     bench = subject.bench
     for index, experiment in subject.experiments(Structured):
         for criterion in experiment.criteria:
-            step = _Step(subject, criterion)
-            for position, wanted in enumerate(experiment.targets):
+            step = _Step(subject, experiment, criterion)
+            for wanted in experiment.targets:
                 target = _target(subject, wanted)
-                if step.reached(target):
+                if step.last is not None and step.reached(target):
+                    yield _reached(step.last, target)
                     continue
                 name = "prune{}-{}-{}-{}{}".format(
                     index, criterion, experiment.ranking, *target.named()
                 )
-                make = partial(_compact, step, experiment, index, position, target, name)
+                make = partial(_compact, step, index, target, name)
                 record = bench.once(name, Compacted, make)
                 yield record
                 if experiment.iterative:
@@ -52,24 +52,29 @@ class _Step:
 
     Attributes:
         subject: The network to prune.
+        experiment: How.
         criterion: What its units are ranked by.
         plans: What was removed from the trained network before, in steps.
-        left: Fractions of the trained network's costs that are left, as far as known.
-        widths: Units kept by layers that were cut.
+        last: What the step before came to, if there was one.
     """
 
     subject: Subject
+    experiment: Structured
     criterion: str
     plans: tuple[compaction.Plan, ...] = ()
-    left: Mapping[str, float] = field(default_factory=dict)
-    widths: Mapping[str, int] = field(default_factory=dict)
+    last: Compacted | None = None
 
     @cached_property
     def scores(self) -> Scores:
         """What units are ranked by."""
         if self.criterion == BLOCK_OPD:
             return BlockOPD(self.subject.model, self.subject.posterior)
-        return self.subject.scores(self.criterion)
+        return self.subject.scores(self.criterion, self.experiment.batches)
+
+    @property
+    def left(self) -> dict[str, float]:
+        """Which fractions of the trained network's costs are left, where that is known."""
+        return {} if self.last is None else self.last.achieved
 
     def reached(self, target: plan.Target) -> bool:
         """Return whether the network is as small already: units are coarse."""
@@ -88,15 +93,16 @@ class _Step:
         """Return where pruning stands after the stage ``name``."""
         path = self.subject.bench.folder / f"{name}.plan.json"
         chosen = compaction.Plan.from_json(path.read_text(encoding="utf-8"))
-        left = self.subject.after(name, _cut_masks(self.subject, chosen))
-        return _Step(left, self.criterion, (*self.plans, chosen), record.achieved, record.widths)
+        assert self.experiment.finetune is not None  # steps do not go without
+        subject = self.subject.after(name, self.experiment.finetune)
+        return replace(self, subject=subject, plans=(*self.plans, chosen), last=record)
 
 
-def _cut_masks(subject: Subject, chosen: compaction.Plan) -> Masks | None:
-    """Return which weights are held at zero of the network that a plan leaves."""
-    return subject.held and {
-        name: compaction.cut_tensor(chosen, name, mask) for name, mask in subject.held.items()
-    }
+def _reached(record: Compacted, target: plan.Target) -> Compacted:
+    """Return a network as that of a further target, which it meets already."""
+    note = "a step before had met this target already: units are coarse"
+    notes = [*(n for n in record.notes if n != note), note]
+    return record.model_copy(update={"target": dict([target.named()]), "notes": notes})
 
 
 def _target(subject: Subject, wanted: Target) -> plan.Target:
@@ -107,13 +113,12 @@ def _target(subject: Subject, wanted: Target) -> plan.Target:
 
 def _compact(
     step: _Step,
-    experiment: Structured,
     index: int,
-    position: int,
     target: plan.Target,
     name: str,
 ) -> Compacted:
-    subject, bench, model = step.subject, step.subject.bench, step.subject.model
+    subject, experiment = step.subject, step.experiment
+    bench, model = subject.bench, subject.model
     wanted = step.remaining(target)
     chosen = plan.plan(model, bench.example(), step.scores, wanted, **experiment.choices())
     plans = [*step.plans, chosen]
@@ -124,7 +129,7 @@ def _compact(
     after, scratch = None, None
     if experiment.finetune is not None:
         if experiment.scratch is not None:
-            epochs = experiment.scratch_epochs(bench.config, position)
+            epochs = experiment.scratch_epochs(bench.config, len(plans))
             # a fresh network has no statistics to freeze
             anew = experiment.finetune.model_copy(
                 update={"optimiser": experiment.scratch, "epochs": epochs, "norms": "train"}
@@ -132,8 +137,10 @@ def _compact(
             scratch = bench.once(
                 f"{name}.scratch", Quality, partial(_from_scratch, bench, plans, anew, name)
             )
-        held = _cut_masks(subject, chosen)
-        subject.finetune(small, experiment.finetune, name, held, leads_on=experiment.iterative)
+        held = subject.held and {
+            n: compaction.cut_tensor(chosen, n, mask) for n, mask in subject.held.items()
+        }
+        subject.tune(small, experiment.finetune, name, held, leads_on=experiment.iterative)
         after = bench.quality(small, bench.data.test)
     folder = bench.folder / name
     about = {"plans": [p.summary() for p in plans]} if plans[1:] else {"plan": chosen.summary()}
@@ -151,7 +158,7 @@ def _compact(
         achieved={key: step.left.get(key, 1.0) * left for key, left in chosen.achieved.items()},
         notes=list(chosen.notes),
         # a plan tells nothing of layers that cannot be cut further
-        widths={**step.widths, **chosen.widths()},
+        widths=(step.last.widths if step.last else {}) | chosen.widths(),
         residual=residual,
         size=size,
         pruned=before,

@@ -6,8 +6,10 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 
+from safetensors.torch import load_file
 from torch import nn
 
 from spamprune import artifact, scores
@@ -17,6 +19,7 @@ from spamprune.engine.bench import Bench
 from spamprune.engine.fit import fit
 from spamprune.engine.methods import ByPrior, spam_of
 from spamprune.engine.objective import Teacher, likelihood_of
+from spamprune.files import write_tensors
 from spamprune.modules import evaluation_mode
 from spamprune.pruning import masks
 from spamprune.pruning.evidence import Evidence
@@ -28,6 +31,9 @@ from spamprune.scores import Scores
 
 E = TypeVar("E", bound=Selective)
 
+# what a stage that leads on leaves beside its artifact
+_POSTERIOR, _MASKS = "posterior.safetensors", "masks.safetensors"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -38,6 +44,7 @@ class Subject:
         model: The network.
         posterior: Around its weights.
         held: False where a weight was pruned for good, by name; None if none was.
+        finetune: How it was fine-tuned, if it was.
         dense: The network that training left, if this one was pruned from it.
     """
 
@@ -45,19 +52,26 @@ class Subject:
     model: nn.Module
     posterior: Posterior
     held: masks.Masks | None = None
+    finetune: FineTune | None = None
     dense: nn.Module | None = None
 
-    def scores(self, criterion: str, model: nn.Module | None = None) -> Scores:
-        """Score the trained network, or a masked copy of it."""
-        bench = self.bench
-        batch_size = bench.config.batch_size
-        data = bench.data.train.loader(batch_size, seed=bench.seed)
-        scored = self.model if model is None else model
+    def scores(
+        self, criterion: str, batches: int | None = None, model: nn.Module | None = None
+    ) -> Scores:
+        """Score the network, or a masked copy of it.
+
+        Args:
+            criterion: By which.
+            batches: Of training data to see, if not all.
+            model: The copy.
+        """
+        bench, settings = self.bench, self.finetune or self.bench.config
+        loader = bench.data.train.loader(settings.batch_size, seed=bench.seed)
         return scores.CRITERIA[criterion](
-            scored,
+            self.model if model is None else model,
             self.posterior,
-            data=data,
-            likelihood=likelihood_of(bench.config.loss),
+            data=loader if batches is None else list(islice(loader, batches)),
+            likelihood=likelihood_of(settings.loss),
             seed=bench.seed,
         )
 
@@ -106,7 +120,7 @@ class Subject:
         masks.apply_masks(pruned, chosen)
         before, after = self.just_pruned(pruned, experiment), None
         if experiment.finetune is not None:
-            self.finetune(pruned, experiment.finetune, name, chosen, leads_on=experiment.iterative)
+            self.tune(pruned, experiment.finetune, name, chosen, leads_on=experiment.iterative)
             after = bench.quality(pruned, bench.data.test)
         preprocessing = bench.data.preprocessing
         artifact.save(pruned, bench.folder / name, preprocessing=preprocessing, extra=about)
@@ -119,7 +133,7 @@ class Subject:
             recalibrate(pruned, bench.data.train.loader(bench.config.batch_size, seed=bench.seed))
         return bench.quality(pruned, bench.data.test)
 
-    def finetune(
+    def tune(
         self,
         pruned: nn.Module,
         finetune: FineTune,
@@ -135,7 +149,7 @@ class Subject:
             finetune: How it is trained.
             name: Of its stage, in progress and on disk.
             held_masks: Of weights that stay at zero.
-            leads_on: Keep its posterior for :meth:`after`.
+            leads_on: Keep its posterior and the masks for :meth:`after`.
         """
         bench, dense = self.bench, self._dense
         teacher = None if finetune.distil is None else Teacher(dense, finetune.distil)
@@ -143,27 +157,32 @@ class Subject:
             spam = train_on(bench, pruned, finetune, f"{name}.finetune", held_masks, teacher)
         if leads_on:
             data = bench.data.train.loader(finetune.batch_size)
-            spam.posterior(data).save(bench.folder / _posterior(name))
+            spam.posterior(data).save(bench.folder / f"{name}.{_POSTERIOR}")
+            if held_masks is not None:
+                write_tensors(bench.folder / f"{name}.{_MASKS}", held_masks, {})
 
-    def after(self, name: str, held: masks.Masks | None = None) -> Subject:
+    def after(self, name: str, finetune: FineTune) -> Subject:
         """Return what a stage that leads on saved, to be pruned further.
 
         Args:
             name: The stage's.
-            held: False where a weight of it was pruned for good.
+            finetune: How its network was fine-tuned.
         """
-        folder = self.bench.folder
-        model = artifact.load(folder / name).to(self.bench.accelerator.device)
-        posterior = load_posterior(folder / _posterior(name)).on(model)
-        return replace(self, model=model, posterior=posterior, held=held, dense=self._dense)
+        folder, device = self.bench.folder, self.bench.accelerator.device
+        model = artifact.load(folder / name).to(device)
+        saved = folder / f"{name}.{_MASKS}"
+        return Subject(
+            self.bench,
+            model,
+            load_posterior(folder / f"{name}.{_POSTERIOR}").on(model),
+            load_file(saved, str(device)) if saved.exists() else None,
+            finetune,
+            self._dense,
+        )
 
     @property
     def _dense(self) -> nn.Module:
         return self.model if self.dense is None else self.dense
-
-
-def _posterior(name: str) -> str:
-    return f"{name}.posterior.safetensors"
 
 
 def train_on(

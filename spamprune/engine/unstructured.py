@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache, partial
 
 from spamprune import scores
-from spamprune.bayes.parameters import named_parameters
 from spamprune.engine.automatic import masks_by_evidence
 from spamprune.engine.subject import Subject
 from spamprune.pruning import cost, masks
@@ -20,7 +18,7 @@ def run(subject: Subject) -> Iterator[Masked]:
     bench = subject.bench
     for index, experiment in subject.experiments(Unstructured):
         for criterion in experiment.criteria:
-            start, scored = subject, cache(partial(subject.scores, criterion))
+            start, scored = subject, _scored(subject, experiment, criterion)
             by_evidence = [None] if experiment.target == "evidence" else []
             for sparsity in [*experiment.sparsities, *by_evidence]:
                 goal = "evidence" if sparsity is None else sparsity
@@ -30,15 +28,16 @@ def run(subject: Subject) -> Iterator[Masked]:
                     Masked,
                     partial(_mask, start, experiment, index, criterion, scored, sparsity, name),
                 )
-                if experiment.iterative:
-                    start = _held(start.after(name))
-                    scored = cache(partial(start.scores, criterion))
+                if experiment.iterative and experiment.finetune is not None:
+                    start = start.after(name, experiment.finetune)
+                    scored = _scored(start, experiment, criterion)
 
 
-def _held(left: Subject) -> Subject:
-    """Return a masked network, to be pruned further, with its masks."""
-    zeros = {n: p.detach() != 0 for n, p in named_parameters(left.model).items()}
-    return replace(left, held=zeros)
+def _scored(
+    subject: Subject, experiment: Unstructured, criterion: str
+) -> Callable[[], scores.Scores]:
+    """Return what scores the network, once and when it is wanted."""
+    return cache(partial(subject.scores, criterion, experiment.batches))
 
 
 def _mask(
@@ -64,6 +63,7 @@ def _mask(
         experiment=index,
         schedule=experiment.schedule,
         criterion=criterion,
+        rounds=experiment.rounds,
         requested=achieved if sparsity is None else sparsity,
         achieved=achieved,
         chosen=found,
@@ -86,9 +86,15 @@ def _choose(
         return masks.global_masks(_comparable(subject, experiment, criterion, scored()), sparsity)
     return masks.iterative_masks(
         subject.model,
-        lambda model: _comparable(subject, experiment, criterion, subject.scores(criterion, model)),
+        lambda model: _comparable(
+            subject,
+            experiment,
+            criterion,
+            subject.scores(criterion, experiment.batches, model),
+        ),
         sparsity,
         rounds=experiment.rounds,
+        start=subject.held,
     )
 
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from spamprune.models.build import Source, check_fits, check_name, create, source_of
+from spamprune.models.build import (
+    Source,
+    check_fits,
+    check_name,
+    create,
+    register_all,
+    source_of,
+)
 
-__all__ = ["Source", "check_fits", "check_name", "create", "source_of"]
+__all__ = ["Source", "check_fits", "check_name", "create", "register_all", "source_of"]

@@ -87,6 +87,16 @@ def source_of(model: nn.Module) -> Source | None:
     return source if isinstance(source, Source) else None
 
 
+def register_all() -> None:
+    """Add our models to timm's registry, for ``timm.create_model`` and timm's own scripts.
+
+    ``create`` and all commands do so by themselves; ``import spamprune`` does not, since timm takes
+    seconds to import.
+    """
+    for module in OURS:
+        importlib.import_module(f"spamprune.models.{module}")
+
+
 def check_name(name: str) -> None:
     """Check that ``name`` is in timm's registry, ours included; tags such as ".a1_in1k" count.
 
@@ -95,8 +105,7 @@ def check_name(name: str) -> None:
     """
     import timm
 
-    for module in OURS:
-        importlib.import_module(f"spamprune.models.{module}")
+    register_all()
     architecture, _, tag = name.partition(".")
     known = timm.is_model(architecture)
     if known and not tag:

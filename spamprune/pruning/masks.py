@@ -84,6 +84,7 @@ def iterative_masks(
     sparsity: float,
     *,
     rounds: int = 100,
+    start: Mapping[str, Tensor] | None = None,
 ) -> Masks:
     """Score, mask and score again; round k of n keeps the fraction ``(1 − sparsity)^(k/n)``.
 
@@ -95,6 +96,8 @@ def iterative_masks(
         score: Returns the scores of the network that it is given, a copy under the masks so far.
         sparsity: Fraction of weights to zero in the end, in [0, 1).
         rounds: How many times weights are scored; 1 is one-shot.
+        start: Masks that the network has already. Of the weights that these leave each round
+            keeps the same fraction.
 
     Raises:
         PruningError: The sparsity or the number of rounds is out of range, or a score is not a
@@ -104,10 +107,14 @@ def iterative_masks(
     if rounds < 1:
         raise PruningError(f"masks take at least one round of scores, not {rounds}")
     pruned = copy.deepcopy(model)
-    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in named_parameters(model).items()}
+    parameters = named_parameters(model)
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
+    masks |= start or {}
+    before = 1 - sparsity_of(masks)
     for k in range(1, rounds + 1):
         scores = gone_first(score(pruned), masks)
-        masks = global_masks(scores, 1 - (1 - sparsity) ** (k / rounds))
+        kept = before * min(1, (1 - sparsity) / before) ** (k / rounds)
+        masks = global_masks(scores, 1 - kept)
         apply_masks(pruned, masks)
     return masks
 

@@ -84,10 +84,11 @@ def _note_pruned(lines: _Lines, record: Measured, origin: str) -> None:
     if not isinstance(record, Patterned):
         key["schedule"] = record.schedule
     if isinstance(record, Masked) and record.chosen is not None:
-        key["target"] = "evidence"
+        key |= {"criterion": criterion_of(record), "target": "evidence"}
         _note(lines, {**key, "metric": "sparsity_pct"}, 100 * record.achieved)
     elif isinstance(record, Masked):
-        key |= {"sparsity_pct": _percent(record.requested), _EXACT: record.requested}
+        key |= {"criterion": criterion_of(record), _EXACT: record.requested}
+        key["sparsity_pct"] = _percent(record.requested)
     elif isinstance(record, Patterned):
         key["target"] = record.pattern
     else:

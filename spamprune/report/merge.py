@@ -19,15 +19,17 @@ from spamprune.report.results import (
     Results,
     read_results,
 )
+from spamprune.report.summary import criterion_of
 
 Measured: TypeAlias = Masked | Patterned | Compacted
 
 _SAME_DATA = ("name", "train", "validation", "test", "classes", "shape", "deviations")
 # what distinguishes rows of one table; experiments that agree in all else share a table
 _OWN_ROWS = {
-    *("criteria", "sparsities", "n", "m"),
+    *("criteria", "sparsities", "rounds", "n", "m"),
     *("ranking", "targets", "trainings", "compensate"),
 }
+_STEPS = {"sparsities", "targets"}  # of iterative experiments: each depends on those before
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,9 @@ def _methods(runs: Sequence[Run], names: dict[_Identity, str]) -> Iterator[tuple
 
 def _settings(run: Run, index: int) -> str:
     """Return what experiments of one table share; two of one run with the same share it too."""
-    return run.recipe.prune[index].model_dump_json(exclude=_OWN_ROWS)
+    experiment = run.recipe.prune[index]
+    own_rows = _OWN_ROWS - _STEPS if experiment.iterative else _OWN_ROWS
+    return experiment.model_dump_json(exclude=own_rows)
 
 
 def _renamed(cell: Cell, name: str, places: Sequence[int]) -> Cell:
@@ -222,7 +226,7 @@ def _key(record: Measured) -> tuple[object, ...]:
     """Return what identifies a measurement among those of its cell."""
     if isinstance(record, Masked):
         asked = record.requested if record.chosen is None else "evidence"
-        return record.kind, record.experiment, record.criterion, asked
+        return record.kind, record.experiment, criterion_of(record), asked
     if isinstance(record, Patterned):
         return record.kind, record.experiment, record.criterion, record.pattern
     target = tuple(record.target.items())

@@ -60,6 +60,7 @@ class Masked(Record):
     experiment: int  # its position in the recipe's `prune`
     schedule: Schedule = "one_shot"
     criterion: str
+    rounds: int = 1  # how often weights were scored on the way
     requested: float  # where the evidence chose: as achieved
     achieved: float
     chosen: ByEvidence | None = None

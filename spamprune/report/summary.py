@@ -115,7 +115,7 @@ def masked_series(results: Results, experiment: int, stage: Stage) -> MaskedSeri
             asked = masked.chosen is None  # else a sparsity of its own for each seed
             here = masked.experiment == experiment and asked and not overshot(cell, masked)
             if here and quality is not None:
-                points = series.setdefault((cell.training, masked.criterion), {})
+                points = series.setdefault((cell.training, criterion_of(masked)), {})
                 points.setdefault(masked.requested, []).append(quality)
     return {key: dict(sorted(points.items())) for key, points in series.items()}
 
@@ -137,7 +137,7 @@ def by_evidence(
             chosen = masked.chosen is not None and masked.experiment == experiment
             if chosen and quality is not None:
                 point = (masked.achieved, quality)
-                found.setdefault((cell.training, masked.criterion), []).append(point)
+                found.setdefault((cell.training, criterion_of(masked)), []).append(point)
     return {
         key: (spread(sparsity for sparsity, _ in points).mean, [q for _, q in points])
         for key, points in found.items()
@@ -155,7 +155,7 @@ class Family:
 
     experiment: int
     training: str
-    criterion: str  # with a word on compensation
+    criterion: str  # as ``criterion_of`` words it
     ranking: str
     target: dict[str, float]
     members: list[tuple[Cell, Compacted]]
@@ -183,9 +183,11 @@ class Family:
         return cost([cell for cell, _ in self.members], field) / self.cost(field)
 
 
-def criterion_of(record: Compacted) -> str:
-    """Return what units were ranked by, with a word on compensation."""
-    return f"{record.criterion}, compensated" if record.compensated else record.criterion
+def criterion_of(record: Masked | Compacted) -> str:
+    """Return what weights or units were ranked by, with a word on rounds and on compensation."""
+    if isinstance(record, Compacted):
+        return f"{record.criterion}, compensated" if record.compensated else record.criterion
+    return f"{record.criterion}, {record.rounds} rounds" if record.rounds > 1 else record.criterion
 
 
 def families(results: Results) -> list[Family]:

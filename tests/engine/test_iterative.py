@@ -180,15 +180,60 @@ def test_block_opd_of_later_steps_has_the_factors_of_fine_tuning(tmp_path: Path)
     assert all(step.residual < 1e-5 for step in cell.compacted)
 
 
-def test_budgets_that_a_step_before_has_met_are_passed_over(tmp_path: Path) -> None:
-    """Units are coarse: a quarter less of four."""
-    narrow = recipe({**UNITS, "targets": [{"params": 0.5}, {"params": 0.499}], "scratch": None})
+@pytest.mark.usefixtures("blank_figures")
+def test_a_budget_that_a_step_before_has_met_has_its_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Units are coarse: an eighth each. Nothing is fine-tuned for it, nor counted."""
+    epochs, train_on = {}, structured.train_on
+
+    def counting(bench: Any, model: Any, training: Any, name: str, *others: Any) -> Any:
+        epochs[name] = training.epochs
+        return train_on(bench, model, training, name, *others)
+
+    monkeypatch.setattr(structured, "train_on", counting)
+    budgets = [{"params": budget} for budget in (0.5, 0.4, 0.3)]
+    narrow = recipe({**UNITS, "targets": budgets})
     made = narrow.model_copy(
-        update={"model": narrow.model.model_copy(update={"kwargs": {"widths": [30, 4]}})}
+        update={"model": narrow.model.model_copy(update={"kwargs": {"widths": [30, 8]}})}
     )
     (cell,) = run(made, tmp_path / "out").cells
-    (step,) = cell.compacted
-    assert step.achieved["params"] <= 0.499
+    first, second, third = cell.compacted
+    assert first.achieved["params"] <= 0.4
+    own = {"target": {"params": 0.4}, "notes": second.notes}
+    assert second == first.model_copy(update=own)
+    assert "a step before had met this target already" in second.notes[-1]
+    assert third.achieved["params"] <= 0.3
+    assert list(epochs.values()) == [3 + 2, 3 + 4]
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_zeros_that_nobody_masked_are_no_masks(tmp_path: Path) -> None:
+    """Those that online pruning without masks left."""
+    online = {"online": {"final": 0.9, "start": 1, "end": 3, "every": 2, "hold": False}}
+    (cell,) = run(recipe({**MASKS, "sparsities": [0.2, 0.5]}, **online), tmp_path / "out").cells
+    size = cell.size.params
+    assert [m.achieved for m in cell.masked] == pytest.approx([0.2, 0.5] * 2, abs=1 / size)
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_chains_that_differ_share_no_row(tmp_path: Path) -> None:
+    """At 90 % and at a fifth of the MACs, after other steps; same seeds and others."""
+    chains = [{**MASKS, "sparsities": steps} for steps in ([0.5, 0.9], [0.8, 0.9])]
+    units = {**UNITS, "scratch": None}
+    chains += [{**units, "targets": [{"macs": a}, {"macs": 0.2}]} for a in (0.6, 0.4)]
+    run(recipe(*chains), tmp_path / "one")
+    run(recipe(chains[0], chains[2]), tmp_path / "two")
+    compare([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    with (tmp_path / "out/comparison.csv").open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["metric"] == "accuracy"]
+    last = [
+        line
+        for line in lines
+        if line["stage"] == "pruned" and (line["sparsity_pct"] == "90" or "20 %" in line["target"])
+    ]
+    assert len(last) == 2 * 2 + 2  # two criteria of masks
+    assert {line["seeds"] for line in last} == {"1"}
 
 
 @pytest.mark.parametrize(

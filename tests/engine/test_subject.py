@@ -160,7 +160,7 @@ def test_a_killed_fine_tuning_goes_on_and_ends_bit_identical(
         before = copy.deepcopy(trained.model.state_dict())
         trained.bench.folder.mkdir(parents=True, exist_ok=True)
         pruned = copy.deepcopy(trained.model)
-        trained.finetune(pruned, settings, "tuned", masks)
+        trained.tune(pruned, settings, "tuned", masks)
         for name, parameter in pruned.named_parameters():
             assert (parameter[~masks[name]] == 0).all()
         assert all(torch.equal(t, before[n]) for n, t in trained.model.state_dict().items())
@@ -188,7 +188,7 @@ def test_a_taught_network_comes_nearer_to_its_teacher(tmp_path: Path) -> None:
     def distance(changes: dict[str, Any]) -> float:
         student = create_model(trained.bench.recipe, 1)
         name = f"tuned{len(modes)}"
-        trained.finetune(student, finetune(epochs=20, **changes), name)
+        trained.tune(student, finetune(epochs=20, **changes), name)
         with torch.no_grad():
             target = trained.model(inputs).log_softmax(1)
             gap = student(inputs).log_softmax(1) - target

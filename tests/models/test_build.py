@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -91,3 +94,16 @@ def test_fit_leaves_modes_statistics_and_random_state() -> None:
     assert [m.training for m in model.modules()] == [True, True, False, True, True]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model[1].running_mean, mean)
+
+
+def test_ours_are_in_timms_registry_once_asked_for() -> None:
+    """In a process of its own: here they may be registered already."""
+    code = (
+        "import timm, spamprune.models as models\n"
+        "assert not timm.is_model('fixup_resnet18')\n"
+        "models.register_all()\n"
+        "assert timm.create_model('fixup_resnet18', width=4).training\n"
+        "names = timm.list_models(module=models.build.OURS)\n"
+        "assert {'lenet', 'fixup_wrn16_4', 'mixer_mnist', 'bmr_vit'} <= set(names), names\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -149,6 +149,24 @@ def test_rounds_of_masks_are_nested_and_end_at_the_sparsity(sparsity, rounds):
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
+def test_rounds_start_at_what_masks_have_left():
+    torch.manual_seed(0)
+    model, left = nn.Linear(40, 25, bias=False), []
+    before = global_masks({n: torch.rand_like(p) for n, p in model.named_parameters()}, 0.5)
+    apply_masks(model, before)
+
+    def score(pruned):
+        left.append(torch.cat([p.detach().flatten() != 0 for p in pruned.parameters()]))
+        return {n: p.detach().abs() for n, p in pruned.named_parameters()}
+
+    masks = iterative_masks(model, score, 0.98, rounds=2, start=before)
+    assert [kept.sum().item() for kept in left] == [500, 100]  # halves: √(0.5 · 0.02) = 0.1
+    assert sum(mask.sum().item() for mask in masks.values()) == 20
+    assert all(bool((before[n] | ~mask).all()) for n, mask in masks.items())
+    already = iterative_masks(model, score, 0.3, rounds=2, start=before)
+    assert all(torch.equal(already[n], mask) for n, mask in before.items())
+
+
 def test_one_round_is_one_shot():
     model = nn.Linear(6, 7)
     masks = iterative_masks(model, _squares, 0.6, rounds=1)

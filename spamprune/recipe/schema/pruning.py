@@ -40,6 +40,12 @@ class Selective(Section):
         description="Take the running statistics of BatchNorm anew, on the training data, before "
         "the pruned network is measured.",
     )
+    batches: int | None = Field(
+        None,
+        ge=1,
+        description="Batches of training data, drawn by the seed, that snip, grasp, taylor and "
+        "fisher see; all by default.",
+    )
 
     def concerns(self, training: str) -> bool:
         """Return whether the experiment is made on a training."""
@@ -57,7 +63,7 @@ class Scheduled(Selective):
     schedule: Literal["one_shot", "iterative"] = Field(
         "one_shot",
         description="one_shot: each network is pruned from the trained one; iterative: from the "
-        "one before it, once that is fine-tuned and scored anew.",
+        "one before it, once that is fine-tuned and scored anew, under the fine-tuning's prior.",
     )
 
     @property
@@ -262,21 +268,17 @@ class Structured(Units, Scheduled):
             )
         return self
 
-    def tunings(self, position: int) -> int:
-        """Return how often the network of the target at a position has been fine-tuned."""
-        return position + 1 if self.iterative else 1
-
-    def scratch_epochs(self, training: Train, position: int) -> int:
-        """Return how long a training's network is trained from fresh weights.
+    def scratch_epochs(self, training: Train, tunings: int) -> int:
+        """Return how long a pruned architecture is trained from fresh weights.
 
         Args:
-            training: What the network comes from.
-            position: That of its target in ``targets``.
+            training: What the pruned network comes from.
+            tunings: How often that was fine-tuned.
         """
         if self.scratch is None or self.finetune is None:
             return 0
         before = training.epochs if self.scratch.budget == "total" else 0
-        return before + self.finetune.epochs * self.tunings(position)
+        return before + self.finetune.epochs * tunings
 
     def needs_factors(self) -> tuple[str | int, ...] | None:
         """Return the field that asks for Kronecker factors of the posterior, if one does."""
