@@ -112,7 +112,9 @@ def _training(
         cuts = len(schedule.shares(config.epochs))
         seconds += cuts * step * math.ceil(samples / config.batch_size)
     concerned = [experiment for experiment in recipe.prune if experiment.concerns(name)]
-    seconds += step * sum(_measuring(e, data) for e in concerned) / config.batch_size
+    seconds += (
+        step * sum(_measuring(e, data, config.batch_size) for e in concerned) / config.batch_size
+    )
     for experiment in concerned:
         tune = experiment.finetune
         if tune is None:
@@ -140,15 +142,22 @@ def _networks(experiment: Experiment) -> int:
     return len(experiment.sparsities) + (experiment.target is not None)
 
 
-def _measuring(experiment: Experiment, data: DataSet) -> float:
-    """Return for how many samples' steps an experiment scores, and measures what it pruned."""
+def _measuring(experiment: Experiment, data: DataSet, size: int) -> float:
+    """Return for how many samples' steps an experiment scores, and measures what it pruned.
+
+    Args:
+        experiment: Which.
+        data: The data.
+        size: Samples in a batch that criteria see.
+    """
     tests = len(data.test) / 3  # a forward pass is a third of a step
     found = len(experiment.criteria) * _networks(experiment) * tests
     times = _networks(experiment) if experiment.iterative else 1
     if isinstance(experiment, Unstructured) and experiment.rounds > 1:  # on the way to each
         times = experiment.rounds * len(experiment.sparsities)
     passes = sum(_SCORING.get(criterion, 0) for criterion in experiment.criteria)
-    found += times * passes * len(data.train)
+    seen = len(data.train) if experiment.batches is None else experiment.batches * size
+    found += times * passes * min(seen, len(data.train))
     if isinstance(experiment, Structured):
         evidence = sum(target.evidence is not None for target in experiment.targets)
     else:

@@ -51,6 +51,8 @@ def test_scoring_and_the_search_for_the_most_evidence_count():
     plain = forecast(recipe(prune=[]), data)
     scored = forecast(recipe(prune=[masks]), data) - plain
     assert scored == pytest.approx(2 * (2 * tests / 3 + 3 * samples) / 50)
+    few = forecast(recipe(prune=[masks | {"batches": 2}]), data) - plain
+    assert few == pytest.approx(2 * (2 * tests / 3 + 3 * 2 * 50) / 50)
     sought = forecast(recipe(prune=[masks | {"target": "evidence"}]), data) - plain - scored
     assert sought == pytest.approx(2 * 2 * (tests / 3 + 20 * samples / 3) / 50)
 

@@ -105,6 +105,11 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
             "targets",
             "r.yaml:20: prune.1.kind: missing, valid: semi_structured, ",
         ),
+        (
+            "criteria: [opd, random]",
+            "criteria: [opd, random]\n    batches: 3",
+            "r.yaml:20: prune.0.batches: opd, random see no training data: leave it out",
+        ),
         # names that other parts of spamprune know
         (
             "name: cancer",

@@ -6,12 +6,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from spamprune.recipe.schema.section import Distinct, Fraction, Section, distinct, fault, known
+from spamprune.recipe.schema.section import (
+    Distinct,
+    Fraction,
+    Section,
+    distinct,
+    fault,
+    idle,
+    known,
+)
 from spamprune.recipe.schema.selection import Criterion, Target, Units
 from spamprune.recipe.schema.training import FineTune, Optimiser, Train, check_prior_step
 
 #: Scores whole units only, not weights one by one.
 BLOCK_OPD = "block_opd"
+#: Criteria that see no training data themselves.
+_BLIND = {"opd", "obd", "bmr", "magnitude", "random", "synflow", BLOCK_OPD}
 UnitCriterion = Annotated[str, known("criterion", BLOCK_OPD)]
 
 
@@ -56,6 +66,11 @@ class Selective(Section):
         """Whether each network is pruned from the fine-tuned one before it."""
         return False
 
+    def check_batches(self, criteria: list[str]) -> None:
+        """Refuse a choice of batches where no criterion sees any."""
+        if _BLIND.issuperset(criteria):
+            idle(self, f"{', '.join(criteria)} see no training data", "batches")
+
 
 class Scheduled(Selective):
     """An experiment that may go step by step."""
@@ -79,6 +94,11 @@ class Masking(Selective):
     finetune: MaskedFineTune | None = Field(
         None, description="Training after pruning; none by default."
     )
+
+    @model_validator(mode="after")
+    def _batches_are_seen(self) -> Masking:
+        self.check_batches(self.criteria)
+        return self
 
 
 #: Criteria that give other scores once some weights are gone.
@@ -214,6 +234,11 @@ class Structured(Units, Scheduled):
     def choices(self) -> dict[str, Any]:
         """Return what ``spamprune.plan`` is told besides scores and target."""
         return {**super().choices(), "ratios": self.ratios}
+
+    @model_validator(mode="after")
+    def _batches_are_seen(self) -> Structured:
+        self.check_batches(self.criteria)
+        return self
 
     @model_validator(mode="after")
     def _ranking_has_a_cost(self) -> Structured:
