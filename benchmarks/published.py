@@ -45,6 +45,7 @@ def ours(path: Path, metric: str) -> tuple[Numbers, str]:
             line
             for line in csv.DictReader(file)
             if (line["kind"], line["stage"], line["metric"]) == wanted
+            and line.get("schedule") != "iterative"  # whose later steps were fine-tuned before
         ]
     groups: dict[Row, list[dict[str, str]]] = {}
     for line in lines:
@@ -52,11 +53,14 @@ def ours(path: Path, metric: str) -> tuple[Numbers, str]:
 
     def whose(line: dict[str, str]) -> str:
         group = groups[_row(line)]
-        own = [line[name] for name in _NAMES if len({other[name] for other in group}) > 1]
+        several = [name for name in _NAMES if len({other[name] for other in group}) > 1]
+        own = [line[name] for name in _NAMES if name in {*several, *differing}]
         return ", ".join(own) or "ours"
 
-    values = ({line[name] for line in lines} for name in _NAMES)
-    shared = [next(iter(found)) for found in values if len(found) == 1]
+    values = {name: {line[name] for line in lines} for name in _NAMES}
+    shared = [next(iter(found)) for found in values.values() if len(found) == 1]
+    # a row's training says no more than the row does
+    differing = {name for name, found in values.items() if len(found) > 1} - {"training"}
     return _numbers(lines, digits, whose), ", ".join(shared)
 
 

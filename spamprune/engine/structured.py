@@ -156,7 +156,7 @@ def _compact(
         ranking=experiment.ranking,
         target=dict([target.named()]),
         achieved={key: step.left.get(key, 1.0) * left for key, left in chosen.achieved.items()},
-        notes=list(chosen.notes),
+        notes=[f"of the step before: {n}" if step.last else n for n in chosen.notes],
         # a plan tells nothing of layers that cannot be cut further
         widths=(step.last.widths if step.last else {}) | chosen.widths(),
         residual=residual,

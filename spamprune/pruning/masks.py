@@ -100,8 +100,8 @@ def iterative_masks(
             keeps the same fraction.
 
     Raises:
-        PruningError: The sparsity or the number of rounds is out of range, or a score is not a
-            number.
+        PruningError: The sparsity or the number of rounds is out of range, the masks to start with
+            leave nothing, or a score is not a number.
     """
     _check_sparsity(sparsity)
     if rounds < 1:
@@ -111,6 +111,8 @@ def iterative_masks(
     masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
     masks |= start or {}
     before = 1 - sparsity_of(masks)
+    if before <= 0:
+        raise PruningError("the masks to start with leave no weight: give others")
     for k in range(1, rounds + 1):
         scores = gone_first(score(pruned), masks)
         kept = before * min(1, (1 - sparsity) / before) ** (k / rounds)

@@ -73,11 +73,13 @@ def _after(merged: Merged) -> Iterator[str]:
     for experiment in unstructured_experiments(results):
         for stage in masked_stages(results, experiment):
             yield f"## Unstructured, {STAGES[stage]} (`{origins[experiment]}`)\n"
+            if note := step_by_step(results, experiment):
+                yield f"{note}\n"
             for metric, label in METRICS.items():
                 yield f"{label} at sparsity:\n"
                 yield _masked_table(merged, experiment, stage, metric).markdown()
-        notes = (step_by_step(results, experiment), beyond(results, experiment))
-        yield from (f"{note}\n" for note in notes if note)
+        if note := beyond(results, experiment):
+            yield f"{note}\n"
         evidence = bayes.evidence_table(results, experiment)
         if evidence.rows:
             yield f"## Sparsity of most evidence (`{origins[experiment]}`)\n"

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from spamprune.errors import OutputError
 from spamprune.recipe import load
-from spamprune.recipe.schema import Recipe, Train
+from spamprune.recipe.schema import Recipe, Train, Unstructured
 from spamprune.report.results import (
     Cell,
     Compacted,
@@ -118,7 +118,7 @@ def merge(folders: Sequence[str | Path]) -> Merged:
     for run in runs:
         places = [numbers[_settings(run, i)] for i in range(len(run.recipe.prune))]
         for cell in run.results.cells:
-            named = _renamed(cell, names[_identity(run, cell.training)], places)
+            named = _renamed(run, cell, names[_identity(run, cell.training)], places)
             key = (named.training, named.seed)
             cells[key] = (run, _joined(*cells[key], run, named) if key in cells else named)
     results = Results(
@@ -198,13 +198,18 @@ def _settings(run: Run, index: int) -> str:
     return experiment.model_dump_json(exclude=own_rows)
 
 
-def _renamed(cell: Cell, name: str, places: Sequence[int]) -> Cell:
+def _renamed(run: Run, cell: Cell, name: str, places: Sequence[int]) -> Cell:
     """Return ``cell`` under a training's name over all runs, with experiments numbered so too."""
 
     def moved(record: Measured) -> dict[str, int]:
         return {"experiment": places[record.experiment]}
 
-    masked = {_key(m): m for m in (m.model_copy(update=moved(m)) for m in cell.masked)}
+    def scored(record: Masked) -> dict[str, int]:  # which earlier versions did not write down
+        experiment = run.recipe.prune[record.experiment]
+        rounds = experiment.rounds if isinstance(experiment, Unstructured) else 1
+        return {**moved(record), "rounds": rounds}
+
+    masked = {_key(m): m for m in (m.model_copy(update=scored(m)) for m in cell.masked)}
     patterned = {_key(p): p for p in (p.model_copy(update=moved(p)) for p in cell.patterned)}
     compacted = {_key(c): c for c in (c.model_copy(update=moved(c)) for c in cell.compacted)}
     return cell.model_copy(

@@ -205,6 +205,7 @@ def _training(results: Results) -> _Section:
 
 def _unstructured(results: Results, experiment: int) -> _Section:
     figures, content = [], []
+    steps = step_by_step(results, experiment)
     for stage in masked_stages(results, experiment):
         words = STAGES[stage]
         chosen = by_evidence(results, experiment, stage)
@@ -212,8 +213,8 @@ def _unstructured(results: Results, experiment: int) -> _Section:
         caption = (
             f"Quality on the test data against sparsity, {words}. {_BAND} The sparsity axis is "
             "logarithmic in the weights that remain; dashed lines without markers are as trained"
-            f"{stars}. {step_by_step(results, experiment)}"
-        )
+            f"{stars}. {steps}"
+        ).strip()
         svg = sparsity_curves(results, experiment, stage)
         figures.append(_Figure(f"unstructured-{experiment}-{stage}", svg, caption))
         for metric, label in METRICS.items():
@@ -230,7 +231,7 @@ def _unstructured(results: Results, experiment: int) -> _Section:
     if evidence.rows:
         content.append(f"<h3>Sparsity of most evidence</h3>\n{evidence.html()}")
     for name, svg, words in panels.figures(results, experiment):
-        figures.append(_Figure(f"{name}-{experiment}", svg, f"{words} {_BAND}"))
+        figures.append(_Figure(f"{name}-{experiment}", svg, f"{words} {_BAND} {steps}".strip()))
     return f"Unstructured pruning (prune.{experiment})", figures, "".join(content)
 
 
@@ -245,7 +246,7 @@ def _structured(results: Results, experiment: int) -> _Section:
         f"Test accuracy against cost of the networks with their units removed. {_BAND} The "
         "accuracy axis is stretched towards 100 %; both cost axes are logarithmic. "
         f"{step_by_step(results, experiment)}"
-    )
+    ).strip()
     figure = _Figure(f"structured-{experiment}", cost_accuracy(results, experiment), caption)
     content = (
         tables.compacted_table(results, experiment).html()

@@ -125,8 +125,14 @@ def training_colours(results: Results) -> dict[str, str]:
 
 
 def _looks(names: Iterable[str], fixed: dict[str, Any]) -> dict[str, Any]:
-    """Return the fixed look of each known name, and one for each other: unused, if any is."""
+    """Return the fixed look of each known name, and one for each other: unused, if any is.
+
+    A name with a word behind a comma, such as "synflow, 100 rounds", has the look of what stands
+    before it where that is not shown.
+    """
     names = list(names)
+    bases = {name: name.partition(",")[0] for name in names}
+    fixed = fixed | {n: fixed[b] for n, b in bases.items() if b in fixed and b not in names}
     spare = [look for name, look in fixed.items() if name not in names] or list(fixed.values())
     others = [name for name in names if name not in fixed]
     looks = {name: fixed[name] for name in names if name in fixed}

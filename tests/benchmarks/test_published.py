@@ -59,10 +59,12 @@ def test_a_row_that_is_the_only_one_is_ours(
 ) -> None:
     path = tmp_path / "comparison.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*LINE, "training", "experiment", "value"])
+        writer = csv.DictWriter(file, [*LINE, "training", "experiment", "value", "schedule"])
         writer.writeheader()
         own = {"training": "map", "experiment": "prune.0 of a", "value": "91"}
         writer.writerow({**LINE, **own})
+        later = {"experiment": "prune.1 of a", "value": "93", "schedule": "iterative"}
+        writer.writerow({**LINE, **own, **later})
     print_table("1", path)
     text = capsys.readouterr().out
     assert text.startswith("Table 1: ResNet18-fixup, CIFAR-10, acc; ours: cancer, fc_cancer, ")

@@ -12,11 +12,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch import nn
 
 import spamprune as sp
 from spamprune.bayes.posterior import load_posterior
-from spamprune.data import load
-from spamprune.engine import structured, subject
+from spamprune.data import Split, load
+from spamprune.engine import structured, subject, unstructured
 from spamprune.engine.bench import create_model, load_data
 from spamprune.engine.forecast import forecast
 from spamprune.engine.run import run
@@ -24,7 +25,7 @@ from spamprune.pruning import cost
 from spamprune.recipe import Recipe
 from spamprune.report import measure
 from spamprune.report.compare import compare
-from spamprune.report.results import Compacted, Masked, Results
+from spamprune.report.results import Compacted, Masked, Quality, Results
 
 SGD = {"name": "sgd", "lr": 0.05}
 SPAM = {"prior": {"structure": "unitwise"}, "evidence": {"every": 1, "steps": 5}}
@@ -68,6 +69,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     return folder, run(recipe(), folder)
 
 
+def quality(model: nn.Module, split: Split) -> Quality:
+    """Measure as a run does: with one thread, which tells in the last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return measure.quality(model, split.loader(1000))
+    finally:
+        torch.set_num_threads(before)
+
+
 def masked(results: Results, criterion: str) -> list[Masked]:
     return [m for m in results.cells[0].masked if m.criterion == criterion]
 
@@ -91,12 +102,12 @@ def test_masks_are_chosen_by_scores_of_the_network_fine_tuned_before(
             weights = torch.nn.utils.parameters_to_vector(model.parameters())
             weights[lowest] = 0
             torch.nn.utils.vector_to_parameters(weights, model.parameters())
-        assert measure.quality(model, test.loader(1000)) == after.pruned
+        assert quality(model, test) == after.pruned
         assert before.schedule == after.schedule == "iterative"
         final = sp.load(folder / after.artifact)
         zeros = torch.cat([p.flatten() == 0 for p in final.parameters()])
         assert bool(zeros[gone].all())  # what is gone stays gone
-        assert measure.quality(final, test.loader(1000)) == after.finetuned
+        assert quality(final, test) == after.finetuned
 
 
 def test_the_first_step_is_the_one_shot_one(finished: tuple[Path, Results], tmp_path: Path) -> None:
@@ -119,13 +130,48 @@ def test_budgets_are_of_the_trained_network(finished: tuple[Path, Results]) -> N
         assert step.achieved["macs"] == pytest.approx(step.size.macs / dense)
         assert 0.85 * budget < step.achieved["macs"] <= budget + 1e-12
         assert step.residual < 1e-5
-        assert cost.macs(sp.load(folder / step.artifact), inputs) == step.size.macs
+        saved = sp.load(folder / step.artifact)
+        assert cost.macs(saved, inputs) == step.size.macs
+        assert quality(saved, load_data(recipe()).test) == step.finetuned
     for before, after in pairwise(steps):
         assert all(after.widths[layer] <= n for layer, n in before.widths.items())
+        assert all(note.startswith("of the step before: ") for note in after.notes)
+
+
+def test_units_are_chosen_by_scores_of_the_network_fine_tuned_before(
+    finished: tuple[Path, Results],
+) -> None:
+    """The same by hand, from the artifact, the posterior and the plan of the step before."""
+    folder, results = finished
+    for before, after in pairwise(results.cells[0].compacted):
+        model = sp.load(folder / before.artifact)
+        posterior = load_posterior(folder / f"{before.artifact}.posterior.safetensors")
+        left = {"macs": after.target["macs"] / before.achieved["macs"]}
+        scores = sp.scores.opd(model, posterior)
+        plan = sp.plan(model, torch.zeros(1, 30), scores, sp.Target(**left), ranking="global")
+        small = sp.apply(model, plan)
+        assert plan.to_json() == (folder / f"{after.artifact}.plan.json").read_text()
+        assert quality(small, load_data(recipe()).test) == after.pruned
 
 
 @pytest.mark.usefixtures("blank_figures")
-def test_a_further_network_is_cut_from_the_fine_tuned_one_and_taught_by_the_dense_one(
+def test_rounds_start_at_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    starts = []
+    iterative_masks = unstructured.masks.iterative_masks
+
+    def starting(*arguments: Any, start: Any, **others: Any) -> Any:
+        starts.append(start and unstructured.masks.sparsity_of(start))
+        return iterative_masks(*arguments, start=start, **others)
+
+    monkeypatch.setattr(unstructured.masks, "iterative_masks", starting)
+    steps = {**MASKS, "criteria": ["snip"], "rounds": 3, "sparsities": [0.5, 0.8]}
+    (cell,) = run(recipe(steps), tmp_path / "out").cells
+    assert starts == [None, cell.masked[0].achieved]
+    assert [m.achieved for m in cell.masked] == pytest.approx([0.5, 0.8], abs=1e-3)
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_networks_of_all_steps_are_taught_by_the_dense_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     teachers, epochs, teacher = [], {}, subject.Teacher
@@ -174,8 +220,7 @@ def test_a_killed_run_goes_on_and_ends_bit_identical(
 def test_block_opd_of_later_steps_has_the_factors_of_fine_tuning(tmp_path: Path) -> None:
     kron = {"curvature": {"structure": "kron"}}
     steps = {**UNITS, "criteria": ["block_opd"], "compensate": True, "scratch": None}
-    tuned = {**TUNE, **SPAM, "method": "spam", **kron}
-    (cell,) = run(recipe({**steps, "finetune": tuned}, **kron), tmp_path / "out").cells
+    (cell,) = run(recipe({**steps, "finetune": {**TUNE, **kron}}, **kron), tmp_path / "out").cells
     assert [step.target["macs"] for step in cell.compacted] == list(BUDGETS)
     assert all(step.residual < 1e-5 for step in cell.compacted)
 
@@ -218,13 +263,15 @@ def test_zeros_that_nobody_masked_are_no_masks(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("blank_figures")
 def test_chains_that_differ_share_no_row(tmp_path: Path) -> None:
-    """At 90 % and at a fifth of the MACs, after other steps; same seeds and others."""
+    """At 90 % and at a fifth of the MACs, after other steps, of one run and of several."""
     chains = [{**MASKS, "sparsities": steps} for steps in ([0.5, 0.9], [0.8, 0.9])]
     units = {**UNITS, "scratch": None}
     chains += [{**units, "targets": [{"macs": a}, {"macs": 0.2}]} for a in (0.6, 0.4)]
     run(recipe(*chains), tmp_path / "one")
-    run(recipe(chains[0], chains[2]), tmp_path / "two")
-    compare([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    again, other = recipe(chains[0], chains[2]), recipe(chains[1], chains[3])
+    run(again, tmp_path / "two")
+    run(other.model_copy(update={"seeds": [1]}), tmp_path / "three")
+    compare([tmp_path / name for name in ("one", "two", "three")], tmp_path / "out")
     with (tmp_path / "out/comparison.csv").open(newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["metric"] == "accuracy"]
     last = [
@@ -233,7 +280,8 @@ def test_chains_that_differ_share_no_row(tmp_path: Path) -> None:
         if line["stage"] == "pruned" and (line["sparsity_pct"] == "90" or "20 %" in line["target"])
     ]
     assert len(last) == 2 * 2 + 2  # two criteria of masks
-    assert {line["seeds"] for line in last} == {"1"}
+    seeds = {(line["experiment"].partition(" of ")[0], line["seeds"]) for line in last}
+    assert seeds == {("prune.0", "1"), ("prune.1", "2"), ("prune.2", "1"), ("prune.3", "2")}
 
 
 @pytest.mark.parametrize(
@@ -252,6 +300,14 @@ def test_chains_that_differ_share_no_row(tmp_path: Path) -> None:
         ({**UNITS, "targets": [{"ratio": 0.2}, {"ratio": 0.6}]}, "all of one of macs"),
         ({**UNITS, "ratios": {"0": 0.5}}, "leave ratios out"),
         ({**UNITS, "criteria": ["block_opd"]}, "Kronecker factors of the fine-tuned network"),
+        (
+            {
+                **UNITS,
+                "schedule": "one_shot",
+                "finetune": {**TUNE, "curvature": {"structure": "kron"}},
+            },
+            "it is for method 'spam' or schedule 'iterative'",
+        ),
     ],
 )
 def test_what_cannot_go_step_by_step_is_refused(experiment: dict[str, Any], says: str) -> None:
@@ -282,7 +338,7 @@ def test_reports_tell_steps_from_one_shot_pruning(
     folder, _ = finished
     said = "Iterative: each network was pruned from the fine-tuned one before it."
     assert (folder / "report.html").read_text().count(said) >= 2
-    assert compare([folder], tmp_path / "out").read_text().count(said) == 2
+    assert compare([folder], tmp_path / "out").read_text().count(said) == 3
     with (tmp_path / "out/comparison.csv").open(newline="") as file:
         found = {(line["kind"], line["schedule"]) for line in csv.DictReader(file)}
     pruned = {("unstructured", "iterative"), ("structured", "iterative")}

@@ -167,6 +167,13 @@ def test_rounds_start_at_what_masks_have_left():
     assert all(torch.equal(already[n], mask) for n, mask in before.items())
 
 
+def test_masks_that_leave_nothing_are_no_start():
+    model = nn.Linear(3, 2)
+    nothing = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+    with pytest.raises(PruningError, match="leave no weight"):
+        iterative_masks(model, _squares, 0.5, start=nothing)
+
+
 def test_one_round_is_one_shot():
     model = nn.Linear(6, 7)
     masks = iterative_masks(model, _squares, 0.6, rounds=1)

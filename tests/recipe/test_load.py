@@ -188,7 +188,7 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
         (
             "trainings: [spam]",
             "finetune: {curvature: {labels: ggn}}",
-            "r.yaml:23: prune.1.finetune.curvature: it is for method 'spam': leave it out",
+            "r.yaml:23: prune.1.finetune.curvature: it is for method 'spam' or schedule ",
         ),
         (
             "trainings: [spam]",

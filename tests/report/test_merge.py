@@ -98,6 +98,16 @@ def test_criteria_of_two_runs_of_one_network_join(make_run: MakeRun) -> None:
     assert all(len(m) == 2 for points in series.values() for m in points.values())
 
 
+def test_rounds_are_the_recipes_also_where_results_do_not_tell(make_run: MakeRun) -> None:
+    """Those of earlier versions do not; masks in rounds and at once are no two seeds of one row."""
+    only = {"criteria": ("snip",), "compacted": False}
+    once = make_run("a", **only)
+    rounds = make_run("b", **only, first_seed=2, changes={"prune.0.rounds": 20})
+    series = masked_series(merge([once, rounds]).results, 0, "pruned")
+    assert {criterion for _, criterion in series} == {"snip", "snip, 20 rounds"}
+    assert all(len(m) == 2 for points in series.values() for m in points.values())
+
+
 def test_a_seed_counts_once(make_run: MakeRun) -> None:
     a = make_run("a")
     assert merge([a, a]).results.cells == merge([a]).results.cells

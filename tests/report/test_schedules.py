@@ -264,6 +264,14 @@ def test_sizes_are_means_over_seeds(results: Results) -> None:
     assert "| 3,500 |" in row
 
 
+def test_post_hoc_masks_are_one_shot(results: Results) -> None:
+    assert post_hoc(results)
+    for cell in results.cells:
+        for masked in cell.masked:
+            masked.schedule = "iterative"
+    assert post_hoc(results) == {}
+
+
 def test_post_hoc_is_of_one_experiment_at_each_sparsity(results: Results) -> None:
     first = results.cells[0]
     before = post_hoc(results)["plain"]

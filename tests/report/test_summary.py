@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from spamprune.report.results import Results
+from spamprune.report.style import criterion_colours
 from spamprune.report.summary import (
     best_family,
     best_sparsity,
@@ -13,6 +14,7 @@ from spamprune.report.summary import (
     families,
     masked_series,
     spread,
+    step_by_step,
 )
 
 
@@ -65,6 +67,34 @@ def test_best_sparsity(make_results: Callable[..., Results]) -> None:
     assert best.accuracy.mean >= best.dense_accuracy.mean - 1
     assert (best.training, best.finetuned) == ("spam-unitwise", True)
     assert best_sparsity(make_results(masked=False)) is None
+
+
+def test_networks_that_were_fine_tuned_on_the_way_are_not_called_just_pruned(
+    make_results: Callable[..., Results],
+) -> None:
+    results = make_results(finetuned=False)
+    assert best_sparsity(results) is not None
+    assert step_by_step(results, 0) == ""
+    for cell in results.cells:
+        for masked in cell.masked:
+            masked.schedule = "iterative"
+    assert best_sparsity(results) is None
+    assert step_by_step(results, 0).startswith("Iterative: ")
+    assert step_by_step(results, 1) == ""
+
+
+def test_criteria_are_named_with_their_rounds(make_results: Callable[..., Results]) -> None:
+    results = make_results()
+    for cell in results.cells:
+        for masked in cell.masked:
+            if masked.criterion == "magnitude":
+                masked.rounds = 20
+    named = {criterion for _, criterion in masked_series(results, 0, "pruned")}
+    assert named == {"opd", "magnitude, 20 rounds"}
+    assert (
+        criterion_colours(["magnitude, 20 rounds"])["magnitude, 20 rounds"]
+        == (criterion_colours(["magnitude"])["magnitude"])
+    )
 
 
 def test_sparsities_that_training_went_beyond_are_left_out(

@@ -16,7 +16,13 @@ from spamprune.recipe.schema.section import (
     known,
 )
 from spamprune.recipe.schema.selection import Criterion, Target, Units
-from spamprune.recipe.schema.training import FineTune, Optimiser, Train, check_prior_step
+from spamprune.recipe.schema.training import (
+    Curvature,
+    FineTune,
+    Optimiser,
+    Train,
+    check_prior_step,
+)
 
 #: Scores whole units only, not weights one by one.
 BLOCK_OPD = "block_opd"
@@ -26,7 +32,7 @@ UnitCriterion = Annotated[str, known("criterion", BLOCK_OPD)]
 
 
 def _leaves_out_masked(finetune: FineTune) -> FineTune:
-    if finetune.method == "spam" and finetune.curvature.structure == "kron":
+    if finetune.curvature.structure == "kron":
         raise fault(
             "Kronecker factors cannot leave out masked weights: use 'diag'",
             *("curvature", "structure"),
@@ -53,8 +59,8 @@ class Selective(Section):
     batches: int | None = Field(
         None,
         ge=1,
-        description="Batches of training data, drawn by the seed, that snip, grasp, taylor and "
-        "fisher see; all by default.",
+        description="Batches of training data, drawn by the seed and as large as those that the "
+        "network was trained on last, that snip, grasp, taylor and fisher see; all by default.",
     )
 
     def concerns(self, training: str) -> bool:
@@ -66,10 +72,16 @@ class Selective(Section):
         """Whether each network is pruned from the fine-tuned one before it."""
         return False
 
-    def check_batches(self, criteria: list[str]) -> None:
-        """Refuse a choice of batches where no criterion sees any."""
+    def check_used(self, criteria: list[str], finetune: FineTune | None) -> None:
+        """Refuse batches that no criterion sees, and a curvature that nothing is scored by."""
         if _BLIND.issuperset(criteria):
             idle(self, f"{', '.join(criteria)} see no training data", "batches")
+        unused = finetune is not None and finetune.method == "map" and not self.iterative
+        if finetune is not None and unused and finetune.curvature != Curvature():
+            raise fault(
+                "it is for method 'spam' or schedule 'iterative': leave it out",
+                *("finetune", "curvature"),
+            )
 
 
 class Scheduled(Selective):
@@ -78,13 +90,19 @@ class Scheduled(Selective):
     schedule: Literal["one_shot", "iterative"] = Field(
         "one_shot",
         description="one_shot: each network is pruned from the trained one; iterative: from the "
-        "one before it, once that is fine-tuned and scored anew, under the fine-tuning's prior.",
+        "one before it, once that is fine-tuned and scored anew, with the fine-tuning's prior, "
+        "temperature and curvature.",
     )
 
     @property
     def iterative(self) -> bool:
         """Whether each network is pruned from the fine-tuned one before it."""
         return self.schedule == "iterative"
+
+    def check_tuned(self, finetune: FineTune | None) -> None:
+        """Refuse steps without fine-tuning."""
+        if self.iterative and finetune is None:
+            raise fault("'iterative' fine-tunes after each step: give finetune", "schedule")
 
 
 class Masking(Selective):
@@ -96,8 +114,8 @@ class Masking(Selective):
     )
 
     @model_validator(mode="after")
-    def _batches_are_seen(self) -> Masking:
-        self.check_batches(self.criteria)
+    def _settings_are_used(self) -> Masking:
+        self.check_used(self.criteria, self.finetune)
         return self
 
 
@@ -160,10 +178,9 @@ class Unstructured(Scheduled, Masking):
 
     @model_validator(mode="after")
     def _steps_lead_on(self) -> Unstructured:
+        self.check_tuned(self.finetune)
         if not self.iterative:
             return self
-        if self.finetune is None:
-            raise fault("'iterative' fine-tunes after each step: give finetune", "schedule")
         if self.target is not None:
             raise fault(
                 "the evidence is of the network that training left, so that it chooses for "
@@ -236,8 +253,8 @@ class Structured(Units, Scheduled):
         return {**super().choices(), "ratios": self.ratios}
 
     @model_validator(mode="after")
-    def _batches_are_seen(self) -> Structured:
-        self.check_batches(self.criteria)
+    def _settings_are_used(self) -> Structured:
+        self.check_used(self.criteria, self.finetune)
         return self
 
     @model_validator(mode="after")
@@ -267,10 +284,9 @@ class Structured(Units, Scheduled):
 
     @model_validator(mode="after")
     def _steps_lead_on(self) -> Structured:
-        if not self.iterative:
+        self.check_tuned(self.finetune)
+        if not self.iterative or self.finetune is None:
             return self
-        if self.finetune is None:
-            raise fault("'iterative' fine-tunes after each step: give finetune", "schedule")
         if self.ratios:
             raise fault("each step would remove them again: leave ratios out", "ratios")
         given = [(k, v) for t in self.targets for k, v in t.model_dump(exclude_none=True).items()]
@@ -288,7 +304,7 @@ class Structured(Units, Scheduled):
         if field is not None and self.finetune.curvature.structure != "kron":
             raise fault(
                 "steps after the first need Kronecker factors of the fine-tuned network: give "
-                "finetune the method 'spam' and curvature.structure 'kron'",
+                "finetune.curvature.structure 'kron'",
                 *field,
             )
         return self

@@ -97,7 +97,7 @@ class Recipe(Section):
                 tune = experiment.finetune
                 if (
                     tune is not None
-                    and (tune.method, tune.curvature.structure) == ("spam", "kron")
+                    and tune.curvature.structure == "kron"
                     and self.train[name].holds_masks()
                 ):
                     raise fault(

@@ -321,7 +321,7 @@ class FineTune(Training):
     @model_validator(mode="after")
     def _prior_is_tuned(self) -> FineTune:
         if self.method == "map":
-            idle(self, "it is for method 'spam'", "curvature", "evidence")
+            idle(self, "it is for method 'spam'", "evidence")
             if self.prior.structure != Prior().structure:
                 raise fault("it is for method 'spam': leave it out", "prior", "structure")
         return self
