@@ -69,6 +69,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     return folder, run(recipe(), folder)
 
 
+@pytest.fixture
+def scratch_epochs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Return how long each network is trained from scratch, by its stage, as runs get there."""
+    epochs, train_on = {}, structured.train_on
+
+    def counting(bench: Any, model: Any, training: Any, name: str, *others: Any) -> Any:
+        epochs[name] = training.epochs
+        return train_on(bench, model, training, name, *others)
+
+    monkeypatch.setattr(structured, "train_on", counting)
+    return epochs
+
+
 def quality(model: nn.Module, split: Split) -> Quality:
     """Measure as a run does: with one thread, which tells in the last digits."""
     before = torch.get_num_threads()
@@ -172,26 +185,20 @@ def test_rounds_start_at_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 @pytest.mark.usefixtures("blank_figures")
 def test_networks_of_all_steps_are_taught_by_the_dense_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    scratch_epochs: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    teachers, epochs, teacher = [], {}, subject.Teacher
-    train_on = structured.train_on
+    teachers, teacher = [], subject.Teacher
 
     def teaching(model: Any, distil: Any) -> Any:
         teachers.append(sum(p.numel() for p in model.parameters()))
         return teacher(model, distil)
 
-    def counting(bench: Any, model: Any, training: Any, name: str, *others: Any) -> Any:
-        epochs[name] = training.epochs
-        return train_on(bench, model, training, name, *others)
-
     monkeypatch.setattr(subject, "Teacher", teaching)
-    monkeypatch.setattr(structured, "train_on", counting)
     taught = {**UNITS, "finetune": {**TUNE, "distil": {}}}
     (cell,) = run(recipe(taught), tmp_path / "taught").cells
     assert teachers == [cell.size.params] * len(BUDGETS)
     # the baseline takes as long as training and all the fine-tuning on the way
-    assert list(epochs.values()) == [3 + 2, 3 + 4, 3 + 6]
+    assert list(scratch_epochs.values()) == [3 + 2, 3 + 4, 3 + 6]
 
 
 @pytest.mark.usefixtures("blank_figures")
@@ -227,16 +234,9 @@ def test_block_opd_of_later_steps_has_the_factors_of_fine_tuning(tmp_path: Path)
 
 @pytest.mark.usefixtures("blank_figures")
 def test_a_budget_that_a_step_before_has_met_has_its_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    scratch_epochs: dict[str, int], tmp_path: Path
 ) -> None:
     """Units are coarse: an eighth each. Nothing is fine-tuned for it, nor counted."""
-    epochs, train_on = {}, structured.train_on
-
-    def counting(bench: Any, model: Any, training: Any, name: str, *others: Any) -> Any:
-        epochs[name] = training.epochs
-        return train_on(bench, model, training, name, *others)
-
-    monkeypatch.setattr(structured, "train_on", counting)
     budgets = [{"params": budget} for budget in (0.5, 0.4, 0.3)]
     narrow = recipe({**UNITS, "targets": budgets})
     made = narrow.model_copy(
@@ -249,7 +249,7 @@ def test_a_budget_that_a_step_before_has_met_has_its_network(
     assert second == first.model_copy(update=own)
     assert "a step before had met this target already" in second.notes[-1]
     assert third.achieved["params"] <= 0.3
-    assert list(epochs.values()) == [3 + 2, 3 + 4]
+    assert list(scratch_epochs.values()) == [3 + 2, 3 + 4]
 
 
 @pytest.mark.usefixtures("blank_figures")

@@ -76,8 +76,9 @@ class Selective(Section):
         """Refuse batches that no criterion sees, and a curvature that nothing is scored by."""
         if _BLIND.issuperset(criteria):
             idle(self, f"{', '.join(criteria)} see no training data", "batches")
-        unused = finetune is not None and finetune.method == "map" and not self.iterative
-        if finetune is not None and unused and finetune.curvature != Curvature():
+        if finetune is None or finetune.method == "spam" or self.iterative:
+            return
+        if finetune.curvature != Curvature():
             raise fault(
                 "it is for method 'spam' or schedule 'iterative': leave it out",
                 *("finetune", "curvature"),
