@@ -121,8 +121,9 @@ def _training(
             continue
         networks = _networks(experiment)
         taught = 4 / 3 if tune.distil is not None else 1  # a teacher's forward pass
-        # and a pass for each posterior that the next step is scored by
-        epochs = networks * (tune.epochs * taught + experiment.iterative)
+        epochs = networks * tune.epochs * taught
+        if experiment.iterative:  # a pass for each posterior that a next step is scored by
+            epochs += networks - 1
         if isinstance(experiment, Structured):
             tunings = [i if experiment.iterative else 1 for i in range(1, networks + 1)]
             epochs += sum(experiment.scratch_epochs(config, n) for n in tunings)

@@ -39,10 +39,11 @@ def run(subject: Subject) -> Iterator[Compacted]:
                 name = "prune{}-{}-{}-{}{}".format(
                     index, criterion, experiment.ranking, *target.named()
                 )
-                make = partial(_compact, step, index, target, name)
+                leads_on = experiment.iterative and wanted != experiment.targets[-1]
+                make = partial(_compact, step, index, target, name, leads_on=leads_on)
                 record = bench.once(name, Compacted, make)
                 yield record
-                if experiment.iterative:
+                if leads_on:
                     step = step.next(name, record)
 
 
@@ -116,6 +117,8 @@ def _compact(
     index: int,
     target: plan.Target,
     name: str,
+    *,
+    leads_on: bool,
 ) -> Compacted:
     subject, experiment = step.subject, step.experiment
     bench, model = subject.bench, subject.model
@@ -140,7 +143,7 @@ def _compact(
         held = subject.held and {
             n: compaction.cut_tensor(chosen, n, mask) for n, mask in subject.held.items()
         }
-        subject.tune(small, experiment.finetune, name, held, leads_on=experiment.iterative)
+        subject.tune(small, experiment.finetune, name, held, leads_on=leads_on)
         after = bench.quality(small, bench.data.test)
     folder = bench.folder / name
     about = {"plans": [p.summary() for p in plans]} if plans[1:] else {"plan": chosen.summary()}

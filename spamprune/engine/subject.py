@@ -102,7 +102,13 @@ class Subject:
         )
 
     def masked(
-        self, chosen: masks.Masks, experiment: Masking, name: str, about: dict[str, Any]
+        self,
+        chosen: masks.Masks,
+        experiment: Masking,
+        name: str,
+        about: dict[str, Any],
+        *,
+        leads_on: bool = False,
     ) -> tuple[nn.Module, Quality, Quality | None]:
         """Mask, measure, perhaps fine-tune, and save a copy of the network.
 
@@ -111,6 +117,7 @@ class Subject:
             experiment: What becomes of the copy before and after it is measured.
             name: Of the stage and of the artifact's folder.
             about: What the artifact says of itself besides.
+            leads_on: Keep for :meth:`after` what it needs.
 
         Returns:
             The copy, and its quality just pruned and fine-tuned.
@@ -120,7 +127,7 @@ class Subject:
         masks.apply_masks(pruned, chosen)
         before, after = self.just_pruned(pruned, experiment), None
         if experiment.finetune is not None:
-            self.tune(pruned, experiment.finetune, name, chosen, leads_on=experiment.iterative)
+            self.tune(pruned, experiment.finetune, name, chosen, leads_on=leads_on)
             after = bench.quality(pruned, bench.data.test)
         preprocessing = bench.data.preprocessing
         artifact.save(pruned, bench.folder / name, preprocessing=preprocessing, extra=about)
@@ -149,7 +156,7 @@ class Subject:
             finetune: How it is trained.
             name: Of its stage, in progress and on disk.
             held_masks: Of weights that stay at zero.
-            leads_on: Keep its posterior and the masks for :meth:`after`.
+            leads_on: Keep for :meth:`after` its posterior and the masks.
         """
         bench, dense = self.bench, self._dense
         teacher = None if finetune.distil is None else Teacher(dense, finetune.distil)

@@ -20,15 +20,14 @@ def run(subject: Subject) -> Iterator[Masked]:
         for criterion in experiment.criteria:
             start, scored = subject, _scored(subject, experiment, criterion)
             by_evidence = [None] if experiment.target == "evidence" else []
-            for sparsity in [*experiment.sparsities, *by_evidence]:
+            goals = [*experiment.sparsities, *by_evidence]
+            for sparsity in goals:
                 goal = "evidence" if sparsity is None else sparsity
                 name = f"prune{index}-{criterion}-{goal}"
-                yield bench.once(
-                    name,
-                    Masked,
-                    partial(_mask, start, experiment, index, criterion, scored, sparsity, name),
-                )
-                if experiment.iterative and experiment.finetune is not None:
+                leads_on = experiment.iterative and sparsity != goals[-1]
+                make = partial(_mask, start, experiment, index, criterion, scored, sparsity, name)
+                yield bench.once(name, Masked, partial(make, leads_on=leads_on))
+                if leads_on and experiment.finetune is not None:
                     start = start.after(name, experiment.finetune)
                     scored = _scored(start, experiment, criterion)
 
@@ -48,6 +47,8 @@ def _mask(
     scored: Callable[[], scores.Scores],
     sparsity: float | None,
     name: str,
+    *,
+    leads_on: bool,
 ) -> Masked:
     """Prune to a sparsity, or where there is none, to that of most evidence."""
     found = None
@@ -58,7 +59,7 @@ def _mask(
         chosen = subject.with_held(_choose(subject, experiment, criterion, scored, sparsity))
     achieved = masks.sparsity_of(chosen)
     about = {"sparsity": achieved, "criterion": criterion}
-    pruned, before, after = subject.masked(chosen, experiment, name, about)
+    pruned, before, after = subject.masked(chosen, experiment, name, about, leads_on=leads_on)
     return Masked(
         experiment=index,
         schedule=experiment.schedule,

@@ -167,6 +167,19 @@ def test_units_are_chosen_by_scores_of_the_network_fine_tuned_before(
         assert quality(small, load_data(recipe()).test) == after.pruned
 
 
+def test_only_steps_that_lead_on_keep_their_posterior_and_masks(
+    finished: tuple[Path, Results],
+) -> None:
+    folder, results = finished
+    *steps, last = masked(results, "snip")
+    *cuts, end = results.cells[0].compacted
+    for name in ("posterior", "masks"):
+        assert all((folder / f"{s.artifact}.{name}.safetensors").exists() for s in steps)
+        assert not (folder / f"{last.artifact}.{name}.safetensors").exists()
+    assert all((folder / f"{c.artifact}.posterior.safetensors").exists() for c in cuts)
+    assert not (folder / f"{end.artifact}.posterior.safetensors").exists()
+
+
 @pytest.mark.usefixtures("blank_figures")
 def test_rounds_start_at_what_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     starts = []
@@ -326,10 +339,10 @@ def test_a_forecast_counts_posteriors_scores_and_all_fine_tuning(
         other = forecast(recipe({**experiment, "schedule": "one_shot"}), data)
         return forecast(recipe(experiment), data) - other
 
-    # three posteriors for each of two criteria, two more scorings by snip
-    assert extra(MASKS) == pytest.approx(6 * steps + 2 * samples / 64)
-    # three posteriors; 2 and 4 epochs more from scratch
-    assert extra(UNITS) == pytest.approx((3 + 2 + 4) * steps)
+    # two posteriors for each of two criteria, two more scorings by snip
+    assert extra(MASKS) == pytest.approx(4 * steps + 2 * samples / 64)
+    # two posteriors; 2 and 4 epochs more from scratch
+    assert extra(UNITS) == pytest.approx((2 + 2 + 4) * steps)
 
 
 def test_reports_tell_steps_from_one_shot_pruning(
