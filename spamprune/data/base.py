@@ -75,6 +75,7 @@ class DataSet:
         deviations: How the data differ from what the paper used, in words.
         preprocessing: How images became inputs, in the terms of ``timm.data.create_transform``;
             None where inputs are no images.
+        digest: Hash of the files' names where those tell the data from others of its name.
     """
 
     name: str
@@ -86,6 +87,7 @@ class DataSet:
     source: str
     deviations: tuple[str, ...] = ()
     preprocessing: Mapping[str, Any] | None = None
+    digest: str | None = None
 
 
 def mixed_seed(*numbers: int) -> int:

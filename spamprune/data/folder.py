@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -247,7 +248,14 @@ def image_folder(
             "std": STD,
             "interpolation": "bilinear",
         },
+        digest=_digest(root, [train, *others]),
     )
+
+
+def _digest(root: Path, parts: Sequence[ImageFolder]) -> str:
+    """Hash the names of all images below ``root``; reading them would take as long as training."""
+    names = [Path(path).relative_to(root).as_posix() for part in parts for path, _ in part.samples]
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _scan(folder: Path) -> ImageFolder:

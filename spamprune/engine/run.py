@@ -228,6 +228,7 @@ def _check_made_by(recipe: Recipe, data: DataSet, out: Path) -> None:
         # the values and not their fingerprint, to which later versions add their defaults
         settings = Recipe.model_validate_json(json.dumps(made_by["recipe"]))
         before = {key: made_by["data"][key] for key in _FACTS}
+        before["digest"] = made_by["data"].get("digest", data.digest)  # earlier versions had none
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} is damaged: choose another --out") from error
     if fingerprint(settings) != fingerprint(recipe):
@@ -235,8 +236,8 @@ def _check_made_by(recipe: Recipe, data: DataSet, out: Path) -> None:
             f"{out / 'recipe.yaml'} was changed after results were made by it: choose another "
             "--out, or undo the change"
         )
-    now = _about(data)
-    changed = [f"{k} was {before[k]}, is {now[k]}" for k in _FACTS if before[k] != now[k]]
+    now = {**_about(data), "digest": data.digest}
+    changed = [f"{k} was {was}, is {now[k]}" for k, was in before.items() if was != now[k]]
     if changed:
         raise OutputError(
             f"{out} holds results on other data ({'; '.join(changed)}): choose another --out, or "
@@ -263,6 +264,7 @@ def _arithmetic(recipe: Recipe) -> dict[str, str]:
 
 
 def _about(data: DataSet) -> dict[str, object]:
+    digest = {} if data.digest is None else {"digest": data.digest}
     return {
         "name": data.name,
         "train": len(data.train),
@@ -272,4 +274,5 @@ def _about(data: DataSet) -> dict[str, object]:
         "shape": list(data.shape),
         "source": data.source,
         "deviations": list(data.deviations),
+        **digest,
     }

@@ -142,8 +142,9 @@ def _check_comparable(first: Run, other: Run) -> None:
 
     def facts(run: Run) -> dict[str, object]:
         data = run.results.data
-        # the paths of a named set may differ, but those of a folder say which data it is
-        keys = (*_SAME_DATA, "source") if run.recipe.data.name == "image_folder" else _SAME_DATA
+        keys: tuple[str, ...] = _SAME_DATA
+        if run.recipe.data.name == "image_folder":  # its name does not say which data it is
+            keys = (*keys, "digest" if "digest" in data else "source")
         found = {f"data.{key}": data.get(key) for key in keys}
         return {**found, "evaluate.bins": run.recipe.evaluate.bins}
 

@@ -41,6 +41,18 @@ def test_splits_and_batches(image_root: Path) -> None:
     assert load("image_folder", root=image_root).shape == (3, 224, 224)
 
 
+def test_a_digest_tells_folders_of_as_many_images_apart(image_root: Path, tmp_path: Path) -> None:
+    before = load("image_folder", root=image_root)
+    copied = shutil.copytree(image_root, tmp_path / "elsewhere")
+    assert load("image_folder", root=copied, validation=0).digest == before.digest
+    image = next(copied.glob("train/*/*.*"))
+    image.rename(image.with_stem("another"))
+    after = load("image_folder", root=copied)
+    assert len(after.train) == len(before.train)
+    assert after.digest != before.digest
+    assert load("digits").digest is None
+
+
 def test_evaluation_pixels_are_scaled_as_imagenet(tmp_path: Path) -> None:
     from PIL import Image
 

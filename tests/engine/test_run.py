@@ -348,6 +348,13 @@ def test_results_of_other_settings_or_data_are_not_resumed(tmp_path, monkeypatch
         patch.setattr(module, "load_data", lambda _: fewer)
         with pytest.raises(OutputError, match=says):
             run(out / "recipe.yaml", out, resume=True)
+        patch.setattr(module, "load_data", lambda _: replace(loaded, digest="b"))
+        run(out / "recipe.yaml", out, resume=True)  # made before there were digests
+        made_by = json.loads((out / ".made_by.json").read_text())
+        made_by["data"]["digest"] = "a"
+        (out / ".made_by.json").write_text(json.dumps(made_by))
+        with pytest.raises(OutputError, match=r"other data \(digest was a, is b\)"):
+            run(out / "recipe.yaml", out, resume=True)
     (out / ".made_by.json").unlink()  # as in folders of earlier versions
     run(out / "recipe.yaml", out, resume=True)
 

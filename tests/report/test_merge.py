@@ -150,14 +150,20 @@ def test_a_copy_of_the_data_elsewhere_is_the_same_data(make_run: MakeRun) -> Non
     assert len(merged.results.cells) == 8
 
 
-def test_another_image_folder_is_other_data(make_run: MakeRun) -> None:
+@pytest.mark.parametrize(
+    ("fact", "free"),
+    [("digest", {"source": "images under z"}), ("source", {})],  # earlier versions have no digest
+)
+def test_another_image_folder_is_other_data(
+    make_run: MakeRun, fact: str, free: dict[str, str]
+) -> None:
     changes = {"data.name": "image_folder"}
-    same = {"name": "image_folder", "source": "images under x"}
+    same = {"name": "image_folder", "source": "images under x", fact: "x"}
     a = make_run("a", data=same, changes=changes)
-    b = make_run("b", data=same, changes=changes, first_seed=2)
-    c = make_run("c", data={**same, "source": "images under y"}, changes=changes, first_seed=4)
+    b = make_run("b", data={**same, **free}, changes=changes, first_seed=2)
+    c = make_run("c", data={**same, fact: "y"}, changes=changes, first_seed=4)
     assert len(merge([a, b]).results.cells) == 8
-    with pytest.raises(OutputError, match=r"^c cannot be compared with a: its data\.source is"):
+    with pytest.raises(OutputError, match=rf"^c cannot be compared with a: its data\.{fact} is"):
         merge([a, b, c])
 
 
