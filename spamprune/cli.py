@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from spamprune.commands import artifacts, prune, zoo
 from spamprune.commands.output import console
 from spamprune.errors import RecipeError, SpampruneError
-from spamprune.recipe import fields, library
+from spamprune.recipe import fields, library, reference
 from spamprune.recipe.load import check, describe, load
 from spamprune.recipe.schema import Recipe
 
@@ -145,8 +145,15 @@ def validate(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors and for reading."""
+def schema(
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As tables to read, those of docs/recipes.md.")
+    ] = False,
+) -> None:
+    """Print what recipes may say: a JSON Schema for editors, or tables for reading."""
+    if markdown:
+        typer.echo(reference.markdown(), nl=False)
+        return
     typer.echo(json.dumps(fields.of_files(), indent=2, ensure_ascii=False))
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from spamprune.cli import app
 from spamprune.errors import OutputError
-from spamprune.recipe import library
+from spamprune.recipe import library, reference
 from spamprune.recipe.schema import Recipe, RecipeFile
 from spamprune.report.results import Cell, Compacted, Masked, Quality, Results, Size
 
@@ -247,6 +247,12 @@ def test_the_schema_is_json_schema() -> None:
     assert whole["properties"]["data"] == {"required": ["name"]}
     needing = {name for name, section in schema["$defs"].items() if "required" in section}
     assert needing == {"Unstructured", "SemiStructured", "Structured"}  # entries of a list
+
+
+def test_the_schema_is_tables_to_read() -> None:
+    status, out, _ = call("schema", "--markdown")
+    assert status == 0
+    assert out == reference.markdown()
 
 
 def test_recipes_are_listed_with_the_first_line_of_their_description(

@@ -176,6 +176,11 @@ def test_a_recipe_is_read_with_its_defaults(write: Write) -> None:
             "r.yaml:16: train.spam.evidence.lr: update 'exact' has no use for it",
         ),
         (
+            "name: adam, lr: 1e-3}",
+            "name: adam}",
+            "r.yaml:16: train.spam.optimiser.lr: 0.1 by default is for 'sgd': give 'adam' its rate",
+        ),
+        (
             "lr: 1e-3}",
             "lr: 1e-3, momentum: 0.5}",
             "r.yaml:16: train.spam.optimiser.momentum: 'adam' has betas of its own",
@@ -279,7 +284,7 @@ def test_a_merged_error_is_at_the_line_that_is_to_be_mended(write: Write) -> Non
     "holding",
     [
         "train.spam.online={final: 0.5, every: 1}",
-        "train.spam={method: variational, optimiser: {name: adabelief}, epochs: 2, "
+        "train.spam={method: variational, optimiser: {name: adabelief, lr: 0.01}, epochs: 2, "
         "variational: {reduction: {warm_up: 1, blocks: 1}}}",
     ],
 )
@@ -291,6 +296,14 @@ def test_kronecker_factors_are_refused_where_training_holds_masks(
     assert "prune.1.finetune.curvature.structure: 'spam' holds weights at zero" in found
     regrowing = "train.spam.online={final: 0.5, every: 1, hold: false}"
     assert isinstance(check(write(), [regrowing, tune]), Recipe)
+
+
+@pytest.mark.parametrize("optimiser", ["{}", "{schedule: constant}", "{warmup: 1}"])
+def test_fine_tuning_keeps_its_rate_whatever_else_is_said(write: Write, optimiser: str) -> None:
+    recipe = load(write(), [f"prune.1.finetune={{optimiser: {optimiser}}}"])
+    assert recipe.prune[1].finetune is not None
+    assert recipe.prune[1].finetune.optimiser.lr == 0.01
+    assert recipe.train["map"].optimiser.lr == 0.1
 
 
 def test_overrides_change_any_field(write: Write) -> None:

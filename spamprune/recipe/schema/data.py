@@ -17,20 +17,27 @@ class Data(Section):
     )
     root: str | None = Field(
         None,
-        description="Folder with the raw files in their standard names, gzipped or not; by default "
-        "the places that the data set knows, else a download.",
+        description="Folder with the raw files in their standard names, gzipped or not; of an "
+        "image_folder the one that holds train and test or val. By default the places that the "
+        "data set knows, else a download.",
     )
     validation: float = Field(
         0.1,
         ge=0,
         lt=1,
-        description="Fraction of the training data held out for choices; 0 trains on all.",
+        description="Fraction of the training data held out for choices; 0 trains on all. An "
+        "image_folder with both test and val has val for that, unless this is 0.",
     )
     augment: Literal["none", "flip", "flip_crop"] = Field(
-        "none", description="Random horizontal flips, and crops after padding by 4 pixels."
+        "none",
+        description="flip: random horizontal flips; flip_crop: crops too, after padding by 4 "
+        "pixels, and of an image_folder of random area and aspect, resized.",
     )
     image_size: int | None = Field(
-        None, ge=1, description="Side that images of an image folder are resized to, in pixels."
+        None,
+        ge=1,
+        description="Side that images of an image_folder are resized to, in pixels: 224 by "
+        "default, or what model.weights expect.",
     )
 
 

@@ -18,7 +18,12 @@ class Optimiser(Section):
     name: Literal["sgd", "adam", "adabelief"] = Field(
         "sgd", description="The optimiser; adabelief for method variational."
     )
-    lr: float = Field(0.1, gt=0, le=1e6, description="Learning rate at the start.")
+    lr: float = Field(
+        0.1,
+        gt=0,
+        le=1e6,
+        description="Learning rate at the start; adam and adabelief have no default.",
+    )
     min_lr: float = Field(1e-6, ge=0, description="Learning rate at the end of a cosine schedule.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd.")
     schedule: Literal["cosine", "constant"] = Field(
@@ -36,6 +41,12 @@ class Optimiser(Section):
             raise fault(f"{self.min_lr} is more than lr {self.lr}: a cosine falls", "min_lr")
         if self.schedule != "cosine":
             idle(self, "a constant schedule does not fall", "min_lr")
+        return self
+
+    @model_validator(mode="after")
+    def _rate_is_meant(self) -> Optimiser:
+        if self.name != "sgd" and "lr" not in self.model_fields_set:
+            raise fault(f"{self.lr} by default is for 'sgd': give {self.name!r} its rate", "lr")
         return self
 
     @model_validator(mode="after")
@@ -66,7 +77,8 @@ class Prior(Section):
     """The Gaussian prior on the weights."""
 
     structure: Literal["scalar", "layerwise", "unitwise", "parameterwise"] = Field(
-        "parameterwise", description="How prior precisions are tied."
+        "parameterwise",
+        description="How prior precisions are tied; all stay alike where method map tunes none.",
     )
     precision: float = Field(
         1.0,
@@ -183,7 +195,10 @@ class Training(Section):
     )
     prior: Prior = Field(default_factory=Prior, description="The Gaussian prior.")
     curvature: Curvature = Field(default_factory=Curvature, description="Of the loss.")
-    evidence: Evidence = Field(default_factory=Evidence, description="Tuning of the prior.")
+    evidence: Evidence = Field(
+        default_factory=Evidence,
+        description="Tuning of the prior by method spam; map has no use for it.",
+    )
     temperature: float = Field(1.0, gt=0, description="T; larger is sparser.")
 
     @model_validator(mode="after")
@@ -302,6 +317,17 @@ class Distil(Section):
     )
 
 
+class FineTuneOptimiser(Optimiser):
+    """How weights move after pruning."""
+
+    lr: float = Field(
+        0.01,
+        gt=0,
+        le=1e6,
+        description="Learning rate at the start; adam has no default.",
+    )
+
+
 class FineTune(Training):
     """Training after pruning, by default under a fixed N(0, 1/prior.precision) prior."""
 
@@ -311,8 +337,8 @@ class FineTune(Training):
         "left tunes it.",
     )
     epochs: int = Field(10, ge=1, description="Passes over the training data.")
-    optimiser: Optimiser = Field(
-        default_factory=lambda: Optimiser(lr=0.01), description="How weights move."
+    optimiser: FineTuneOptimiser = Field(
+        default_factory=FineTuneOptimiser, description="How weights move."
     )
     distil: Distil | None = Field(
         None, description="Learn from the trained network as it was before pruning, too."
