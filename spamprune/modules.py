@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -36,19 +37,42 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in which gradients can be taken, whatever mode is outside.
+    """Evaluation mode in which the loss's own gradients can be taken, whatever mode is outside.
 
-    cuDNN takes none of recurrent layers in evaluation mode, and no second ones: models that have
-    such layers do without it.
+    Hooks that change gradients, such as those that clip them in training, are set aside, and
+    buffers that a forward pass changes are restored. cuDNN takes no gradients of recurrent layers
+    in evaluation mode, and no second ones: models that have such layers do without it.
     """
     before = torch.backends.cudnn.enabled
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with evaluation_mode(model), torch.enable_grad():
+    with (
+        evaluation_mode(model),
+        same_buffers(model),
+        _without_backward_hooks(model),
+        torch.enable_grad(),
+    ):
         torch.backends.cudnn.enabled = before and not recurrent
         try:
             yield
         finally:
             torch.backends.cudnn.enabled = before
+
+
+@contextmanager
+def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Set aside what is called with gradients of parameters or modules, and may change them."""
+    owners: list[Any] = [*model.modules(), *model.parameters()]
+    names = ("_backward_hooks", "_backward_pre_hooks")
+    hooks = [(o, name, getattr(o, name)) for o in owners for name in names if hasattr(o, name)]
+    for owner, name, found in hooks:
+        if found:
+            setattr(owner, name, OrderedDict() if isinstance(owner, nn.Module) else None)
+    try:
+        yield
+    finally:
+        for owner, name, found in hooks:
+            if found:
+                setattr(owner, name, found)
 
 
 @contextmanager

@@ -1,7 +1,11 @@
+from importlib import import_module
+
+import pytest
 import torch
 from torch import nn
 
 from spamprune import scores
+from spamprune.bayes.curvature import CurvatureMethod
 from spamprune.bayes.posterior import fit_posterior
 from spamprune.modules import call_with, differentiable, evaluation_mode, full_precision
 
@@ -97,3 +101,60 @@ def test_full_precision_is_undone():
     with full_precision():
         assert not torch.backends.cuda.matmul.allow_tf32
     assert now() == before
+
+
+class Counting(nn.Module):
+    """Counts its calls, in evaluation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.b(torch.relu(self.a(x)))
+
+
+MEASURES = {
+    "sketch": lambda model, data: fit_posterior(model, data, n_data=8).curvature.diag,
+    "exact": lambda model, data: (
+        fit_posterior(
+            model, data, n_data=8, curvature=CurvatureMethod(estimator="exact")
+        ).curvature.diag
+    ),
+    "snip": scores.snip,
+    "grasp": scores.grasp,
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("small", [10**9, 1], ids=["small", "large"])  # which sketches stream
+def test_hooks_on_gradients_change_no_curvature_and_no_score(measure, small, monkeypatch):
+    """Clipping in training is no part of the loss."""
+    monkeypatch.setattr(import_module("spamprune.bayes.curvature.sketch"), "_SMALL", small)
+    torch.manual_seed(0)
+    model = Counting()
+    data = [(torch.randn(8, 6), torch.randint(3, (8,)))]
+    expected = measure(model, data)
+    called = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda g: g.clamp(-1e-4, 1e-4))
+    model.a.register_full_backward_hook(lambda *_: called.append("after"))
+    model.b.register_full_backward_pre_hook(lambda _, slopes: (slopes[0] * 0,))
+    found = measure(model, data)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert not called
+    model(
+        data[0][0].requires_grad_()
+    ).sum().backward()  # where they are wanted they are there again
+    assert called
+    assert all(float(p.grad.abs().max()) <= 1e-4 for p in model.parameters())
+    assert not model.a.weight.grad.any()
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_buffers_are_left_as_they_were(measure):
+    model = Counting()
+    measure(model, [(torch.randn(8, 6), torch.randint(3, (8,)))])
+    assert model.calls == 0

@@ -166,7 +166,8 @@ class SpaM:
 
         Raises:
             PosteriorError: The optimiser is neither SGD without dampening nor of the Adam family,
-                or moves other parameters, or the model has others by now, as after pruning.
+                or moves other parameters, parameters have less than 32 bits, or the model has
+                others by now, as after pruning.
         """
         self._check_there()
         # what is frozen by now stays where it is, as under the penalty
@@ -176,6 +177,13 @@ class SpaM:
             raise PosteriorError(
                 "the optimiser moves none of the model's parameters: make it of model.parameters()"
             )
+        for _, parameter in moved:
+            if torch.finfo(parameter.dtype).bits < 32:
+                raise PosteriorError(
+                    f"{names[id(parameter)]} is {parameter.dtype}, in which a step of the prior "
+                    "rounds to nothing: add penalty() to the loss, or keep float32 parameters and "
+                    "compute in bfloat16 by torch.autocast"
+                )
         for group, parameter in moved:
             step = _step(optimizer, group, parameter)
             parameter /= 1 + step * self._strength[names[id(parameter)]]

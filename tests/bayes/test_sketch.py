@@ -1,7 +1,9 @@
 import math
+from importlib import import_module
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -23,6 +25,19 @@ def small_network():
         nn.Flatten(),
         nn.Linear(48, 4),
     ).double()
+
+
+def test_a_network_of_large_tensors_alone():
+    """Their gradients are taken as they come, and nothing is left to take together."""
+    torch.manual_seed(0)
+    model, loader = nn.Linear(2048, 1024, bias=False), [(torch.randn(4, 2048), torch.arange(4))]
+    assert model.weight.numel() > import_module("spamprune.bayes.curvature.sketch")._SMALL
+    found = sketch(model, loader, n_data=4, group=1)  # of single samples squares are exact
+    squares = sum(
+        torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), model.weight)[0].square()
+        for x, y in zip(*loader[0], strict=True)
+    )
+    assert torch.allclose(found.diag["weight"], squares, rtol=1e-4, atol=1e-12)
 
 
 def data(n=24):

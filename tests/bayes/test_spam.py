@@ -93,6 +93,14 @@ def test_shrink_refuses_an_optimiser_of_other_parameters():
         SpaM(model, 64).shrink(optimizer)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shrink_refuses_numbers_that_round_it_to_nothing(dtype):
+    model = nn.Sequential(nn.Linear(4, 4).to(dtype))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pytest.raises(PosteriorError, match=rf"0\.weight is {dtype}, in which .* penalty\(\)"):
+        SpaM(model, 100).shrink(optimiser)
+
+
 def test_shrink_leaves_alone_what_adam_has_not_stepped_yet():
     model, [(inputs, _)] = problem()
     optimizer = torch.optim.Adam(model.parameters())

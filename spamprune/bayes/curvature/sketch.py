@@ -119,21 +119,19 @@ def sketch(
         count = len(objectives)
         share = 1 / count
         for draw, objective in enumerate(objectives, start=1):
-            found = torch.autograd.grad(
-                objective, weights, allow_unused=True, retain_graph=draw < count
-            )
-            there = [i for i in small if found[i] is not None]
-            add(there, [found[i].to_dense() for i in there])  # an embedding's may be sparse
+            with streamed([weights[i] for i in large], lambda i, slope: add([large[i]], [slope])):
+                found = torch.autograd.grad(
+                    objective, weights, allow_unused=True, retain_graph=draw < count
+                )
+            if there := [i for i in small if found[i] is not None]:  # foreach takes no empty lists
+                add(there, [found[i].to_dense() for i in there])  # an embedding's may be sparse
             norms = torch._foreach_norm(torch._foreach_mul(some, some), 2)
             variances.add_(torch.stack(norms).square(), alpha=spread * share**2)
         return losses.detach().sum()
 
     large = [i for i, p in enumerate(weights) if p.numel() > _SMALL]
     small = sorted(set(range(len(weights))) - set(large))
-    with streamed([weights[i] for i in large], lambda i, gradient: add([large[i]], [gradient])):
-        totals = accumulate(
-            model, batches, step, likelihood=likelihood, samples=samples, piece=group
-        )
+    totals = accumulate(model, batches, step, likelihood=likelihood, samples=samples, piece=group)
     uses = torch.tensor(used, device=device)
     sum_over_processes([*sums, variances, uses])
     for name, total in zip(parameters, sums, strict=True):
