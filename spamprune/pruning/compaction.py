@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import field
 from functools import cache
@@ -14,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from spamprune.copies import copied
 from spamprune.errors import PruningError, nearest
 from spamprune.modules import evaluation_mode, full_precision
 from spamprune.pruning.slices import owner
@@ -138,7 +138,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` without the planned units; its tensors are really smaller.
 
     Raises:
-        PruningError: The plan was made for another model, or for this one in another shape.
+        PruningError: The plan was made for another model, or for this one in another shape, or the
+            model cannot be copied, for example since it computes through a function that would go
+            on using the original's weights.
     """
     small = _copy(model, _smaller(model, plan))
     _set_attributes(small, plan)
@@ -258,10 +260,7 @@ def _copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, old.requires_grad)
             replaced[id(old)] = new
-    try:
-        return copy.deepcopy(model, replaced)
-    except RuntimeError as error:  # such as the results that torch.nn.utils.weight_norm keeps
-        raise PruningError(f"the {type(model).__name__} cannot be copied: {error}") from error
+    return copied(model, replaced)
 
 
 def _checked(tensors: Mapping[str, Tensor], change: Cut | Scaling) -> Tensor:
