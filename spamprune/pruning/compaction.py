@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from functools import cache
@@ -21,6 +22,8 @@ from spamprune.pruning.units import Kind
 
 Ranking = Literal["uniform", "global", "per_cost", "isomorphic"]
 Number = int | float
+#: An output this far below the network's largest one may be what rounding left of greater numbers.
+FLOOR = 1e-3
 _DATA = ConfigDict(extra="forbid")
 
 
@@ -202,10 +205,10 @@ def verify(
         small: What :func:`apply` made of it, not trained since.
         plan: The plan.
         example: Inputs to compare on, ``(B, ...)``; a batch of real data is best.
-        tolerance: Largest difference allowed, relative to the largest output.
+        tolerance: Largest difference allowed, relative as in :func:`difference`.
 
     Returns:
-        The largest difference between their outputs, relative to the largest output.
+        The largest difference between their outputs; see :func:`difference`.
 
     Raises:
         PruningError: They are comparable and differ by more than ``tolerance``.
@@ -222,7 +225,10 @@ def verify(
 
 
 def difference(expected: object, found: object) -> float:
-    """Return the largest difference of two networks' outputs, relative to the first's largest.
+    """Return the largest difference of two networks' outputs.
+
+    Each tensor's is relative to the largest entry of the first network's, or to ``FLOOR`` of the
+    largest entry of all its tensors where that is more. It is NaN where either gives NaN.
 
     Raises:
         PruningError: There is nothing to compare.
@@ -230,16 +236,23 @@ def difference(expected: object, found: object) -> float:
     first, second = _floats(expected), _floats(found)
     if not first:
         raise PruningError("the outputs hold no floating-point numbers that could be compared")
-    largest = max(t.where(t.isfinite(), 0).abs().max().item() for t in first)
-    pairs = zip(first, second, strict=True)
-    worst = max((a - b).where(a != b, 0).abs().max().item() for a, b in pairs)  # ∞ equals ∞
-    return worst / max(largest, 1e-12)
+    largest = [_largest(t.where(t.isfinite(), 0)) for t in first]
+    floor = max(FLOOR * max(largest), 1e-12)
+    relative = [
+        _largest((a - b).where(a != b, 0)) / max(scale, floor)  # ∞ equals ∞
+        for a, b, scale in zip(first, second, largest, strict=True)
+    ]
+    return next((d for d in relative if math.isnan(d)), max(relative))  # which max would lose
 
 
 def outputs_of(model: nn.Module, example: Tensor) -> object:
     """Return what ``model`` gives for ``example`` in evaluation mode."""
     with evaluation_mode(model), torch.no_grad():
         return model(example)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
 
 
 def _floats(output: object) -> list[Tensor]:
