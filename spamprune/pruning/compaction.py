@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from spamprune.copies import copied
 from spamprune.errors import PruningError, nearest
-from spamprune.modules import evaluation_mode, full_precision
+from spamprune.modules import check_python, evaluation_mode, full_precision
 from spamprune.pruning.slices import owner
 from spamprune.pruning.units import Kind
 
@@ -266,6 +266,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a deep copy of ``model`` with some of its tensors replaced, wherever they are used."""
+    check_python(model, PruningError)  # copies of others would keep all units
     replaced: dict[int, object] = {}
     for name, old in _tensors(model).items():
         if name in tensors:
