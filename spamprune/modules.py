@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from spamprune.errors import SpampruneError
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
@@ -111,6 +113,16 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
         for buffer, value in values:
             if not torch.equal(buffer, value):  # nobody can write to one that was expanded
                 buffer.data.copy_(value)
+
+
+def check_python(model: nn.Module, kind: type[SpampruneError]) -> None:
+    """Raise an error of this kind if TorchScript holds code of ``model``, which is not followed."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise kind(
+                f"{name or 'the model'} is a torch.jit.{type(module).__name__}, whose code cannot "
+                "be followed: give the Python module that it was made from"
+            )
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+import spamprune as sp
 from spamprune import scores
 from spamprune.bayes.curvature import CurvatureMethod
 from spamprune.bayes.posterior import fit_posterior
+from spamprune.errors import PosteriorError, PruningError
 from spamprune.modules import call_with, differentiable, evaluation_mode, full_precision
 
 
@@ -91,6 +93,50 @@ def test_recurrent_layers_do_without_cudnn_where_gradients_are_taken():
     with torch.no_grad(), differentiable(nn.Linear(2, 2)):
         assert torch.is_grad_enabled()
         assert torch.backends.cudnn.enabled
+
+
+@pytest.fixture(params=["scripted", "traced", "a part"])
+def script(request):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    if request.param == "traced":
+        return torch.jit.trace(model, torch.randn(2, 4))
+    if request.param == "scripted":
+        return torch.jit.script(model)
+    model[0] = torch.jit.script(model[0])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_is_refused_where_code_is_followed(script):
+    python = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    data, half = [(torch.randn(8, 4), torch.randint(3, (8,)))], sp.Target(ratio=0.5)
+    plan = sp.plan(python, torch.randn(1, 4), scores.magnitude(python), half)
+    asdl = sp.CurvatureMethod(estimator="asdl")
+    for error, use in (
+        (PruningError, lambda: sp.plan(script, torch.randn(1, 4), scores.magnitude(script), half)),
+        (PruningError, lambda: sp.apply(script, plan)),
+        (PruningError, lambda: scores.synflow(script, data)),
+        (PosteriorError, lambda: sp.MeanField(script, n_data=8)),
+        (PosteriorError, lambda: fit_posterior(script, data, n_data=8, curvature=asdl)),
+    ):
+        with pytest.raises(error, match=r"is a torch\.jit\..*: give the Python module"):
+            use()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_diagonals_only_need_gradients_and_take_torchscript():
+    torch.manual_seed(0)
+    python = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    script = torch.jit.script(python)
+    data = [(torch.randn(8, 4), torch.randint(3, (8,)))]
+    for method in (sp.CurvatureMethod(), sp.CurvatureMethod(estimator="exact")):
+        expected, found = (
+            fit_posterior(model, data, n_data=8, curvature=method).precision()
+            for model in (python, script)
+        )
+        for name, precision in expected.items():
+            torch.testing.assert_close(found[name], precision)
 
 
 def test_full_precision_is_undone():

@@ -31,7 +31,7 @@ from spamprune.bayes.reduction import layers
 from spamprune.bayes.reparameterised import Weight
 from spamprune.bayes.scales import Horseshoe, LayerScale, softplus_inverse
 from spamprune.errors import PosteriorError
-from spamprune.modules import call_with, device_of, evaluation_mode
+from spamprune.modules import call_with, check_python, device_of, evaluation_mode
 
 #: σ at the start, as in the paper's code.
 _START = 0.1
@@ -52,8 +52,9 @@ class MeanField(nn.Module):
             row too, with heavy tails.
 
     Raises:
-        PosteriorError: There is nothing to train, there are no data, the prior is unknown, or an
-            embedding has something in its row for padding, which is taken to be zero.
+        PosteriorError: There is nothing to train, there are no data, the prior is unknown, the
+            network is TorchScript, or an embedding has something in its row for padding, which is
+            taken to be zero.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class MeanField(nn.Module):
         if prior not in kinds:
             raise PosteriorError(f"unknown prior {prior!r}: one of {', '.join(kinds)}")
         check_positive(n_data=n_data)
+        check_python(network, PosteriorError)
         parameters = named_parameters(network)
         if not parameters:
             raise PosteriorError("the network has no trainable parameters: set requires_grad")

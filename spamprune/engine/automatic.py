@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from spamprune.bayes.reduction import pruned_of
+from spamprune.copies import copied
 from spamprune.engine.subject import Subject
 from spamprune.pruning.evidence import STEPS, choose
 from spamprune.pruning.masks import Masks, apply_masks, global_masks
@@ -27,7 +27,7 @@ def masks_by_evidence(subject: Subject, scores: Mapping[str, Tensor]) -> tuple[M
         return global_masks(scores, step / total)
 
     def prune(step: int) -> tuple[nn.Module, Masks]:
-        pruned, chosen = copy.deepcopy(subject.model), masks(step)
+        pruned, chosen = copied(subject.model), masks(step)
         apply_masks(pruned, chosen)
         return pruned, chosen
 

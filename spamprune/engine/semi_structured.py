@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from functools import partial
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from spamprune import scores
+from spamprune.copies import copied
 from spamprune.engine.bench import Bench
 from spamprune.engine.subject import Subject
 from spamprune.errors import PruningError
@@ -71,7 +71,7 @@ def _latencies(
     """
     if bench.accelerator.device.type != "cuda":
         return {}, {}, ["no time is saved here: torch computes with 2:4 on NVIDIA GPUs only"]
-    half = copy.deepcopy(model).to(torch.float16)
+    half = copied(model).to(torch.float16)
     try:
         sparse, notes = compressed(half)
     except PruningError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import nn
 from spamprune import artifact, scores
 from spamprune.bayes.posterior import Posterior, load_posterior
 from spamprune.bayes.spam import SpaM
+from spamprune.copies import copied
 from spamprune.engine.bench import Bench
 from spamprune.engine.fit import fit
 from spamprune.engine.methods import ByPrior, spam_of
@@ -123,7 +123,7 @@ class Subject:
             The copy, and its quality just pruned and fine-tuned.
         """
         bench = self.bench
-        pruned = copy.deepcopy(self.model)
+        pruned = copied(self.model)
         masks.apply_masks(pruned, chosen)
         before, after = self.just_pruned(pruned, experiment), None
         if experiment.finetune is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from functools import cache
@@ -14,13 +14,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from spamprune.copies import copied
 from spamprune.errors import PruningError, nearest
-from spamprune.modules import evaluation_mode, full_precision
+from spamprune.modules import check_python, evaluation_mode, full_precision
 from spamprune.pruning.slices import owner
 from spamprune.pruning.units import Kind
 
 Ranking = Literal["uniform", "global", "per_cost", "isomorphic"]
 Number = int | float
+#: An output this far below the network's largest one may be what rounding left of greater numbers.
+FLOOR = 1e-3
 _DATA = ConfigDict(extra="forbid")
 
 
@@ -138,7 +141,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """Return a copy of ``model`` without the planned units; its tensors are really smaller.
 
     Raises:
-        PruningError: The plan was made for another model, or for this one in another shape.
+        PruningError: The plan was made for another model, or for this one in another shape, or the
+            model cannot be copied, for example since it computes through a function that would go
+            on using the original's weights.
     """
     small = _copy(model, _smaller(model, plan))
     _set_attributes(small, plan)
@@ -200,10 +205,10 @@ def verify(
         small: What :func:`apply` made of it, not trained since.
         plan: The plan.
         example: Inputs to compare on, ``(B, ...)``; a batch of real data is best.
-        tolerance: Largest difference allowed, relative to the largest output.
+        tolerance: Largest difference allowed, relative as in :func:`difference`.
 
     Returns:
-        The largest difference between their outputs, relative to the largest output.
+        The largest difference between their outputs; see :func:`difference`.
 
     Raises:
         PruningError: They are comparable and differ by more than ``tolerance``.
@@ -220,7 +225,10 @@ def verify(
 
 
 def difference(expected: object, found: object) -> float:
-    """Return the largest difference of two networks' outputs, relative to the first's largest.
+    """Return the largest difference of two networks' outputs.
+
+    Each tensor's is relative to the largest entry of the first network's, or to ``FLOOR`` of the
+    largest entry of all its tensors where that is more. It is NaN where either gives NaN.
 
     Raises:
         PruningError: There is nothing to compare.
@@ -228,16 +236,23 @@ def difference(expected: object, found: object) -> float:
     first, second = _floats(expected), _floats(found)
     if not first:
         raise PruningError("the outputs hold no floating-point numbers that could be compared")
-    largest = max(t.where(t.isfinite(), 0).abs().max().item() for t in first)
-    pairs = zip(first, second, strict=True)
-    worst = max((a - b).where(a != b, 0).abs().max().item() for a, b in pairs)  # ∞ equals ∞
-    return worst / max(largest, 1e-12)
+    largest = [_largest(t.where(t.isfinite(), 0)) for t in first]
+    floor = max(FLOOR * max(largest), 1e-12)
+    relative = [
+        _largest((a - b).where(a != b, 0)) / max(scale, floor)  # ∞ equals ∞
+        for a, b, scale in zip(first, second, largest, strict=True)
+    ]
+    return next((d for d in relative if math.isnan(d)), max(relative))  # which max would lose
 
 
 def outputs_of(model: nn.Module, example: Tensor) -> object:
     """Return what ``model`` gives for ``example`` in evaluation mode."""
     with evaluation_mode(model), torch.no_grad():
         return model(example)
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item()
 
 
 def _floats(output: object) -> list[Tensor]:
@@ -251,6 +266,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a deep copy of ``model`` with some of its tensors replaced, wherever they are used."""
+    check_python(model, PruningError)  # copies of others would keep all units
     replaced: dict[int, object] = {}
     for name, old in _tensors(model).items():
         if name in tensors:
@@ -258,10 +274,7 @@ def _copy(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, old.requires_grad)
             replaced[id(old)] = new
-    try:
-        return copy.deepcopy(model, replaced)
-    except RuntimeError as error:  # such as the results that torch.nn.utils.weight_norm keeps
-        raise PruningError(f"the {type(model).__name__} cannot be copied: {error}") from error
+    return copied(model, replaced)
 
 
 def _checked(tensors: Mapping[str, Tensor], change: Cut | Scaling) -> Tensor:

@@ -8,13 +8,12 @@ With ``P = (G ⊗ A)/T + δ`` that is one linear system per layer,
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from spamprune.bayes.curvature.blocks import Kronecker
 from spamprune.bayes.posterior import Posterior
+from spamprune.copies import copied
 from spamprune.errors import PosteriorError
 from spamprune.pruning.compaction import Plan
 
@@ -42,7 +41,7 @@ def compensate(model: nn.Module, plan: Plan, posterior: Posterior) -> nn.Module:
     """
     posterior.check_factors(model, "compensation")
     posterior = posterior.on(model)
-    result = copy.deepcopy(model)
+    result = copied(model)
     weights = dict(result.named_parameters())
     for name, factors in posterior.curvature.kron.items():
         weight = weights[name]

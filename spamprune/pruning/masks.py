@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spamprune.bayes.parameters import check_shapes, named_parameters
+from spamprune.copies import copied
 from spamprune.errors import PruningError
 
 Masks = dict[str, Tensor]
@@ -106,7 +106,7 @@ def iterative_masks(
     _check_sparsity(sparsity)
     if rounds < 1:
         raise PruningError(f"masks take at least one round of scores, not {rounds}")
-    pruned = copy.deepcopy(model)
+    pruned = copied(model)
     parameters = named_parameters(model)
     masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
     masks |= start or {}

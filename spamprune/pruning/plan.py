@@ -9,6 +9,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
+from spamprune.copies import copied
 from spamprune.errors import PruningError
 from spamprune.pruning import trial
 from spamprune.pruning.axes.trace import Trace, trace
@@ -58,8 +59,9 @@ def plan(
         ignored: Names of layers, or patterns, whose outputs stay. Outputs of the network always do.
 
     Raises:
-        PruningError: An argument is not legal, the network cannot be followed, there is nothing to
-            prune, the ratio is too small to remove a unit, or the budget cannot be reached.
+        PruningError: An argument is not legal, the network cannot be followed or copied, there is
+            nothing to prune, the ratio is too small to remove a unit, or the budget cannot be
+            reached.
         PosteriorError: The scores do not fit the network.
     """
     _check(ranking, kinds, min_units, round_to, ignored)
@@ -71,6 +73,7 @@ def plan(
             "spamprune.Evidence(model, posterior, data)"
         )
     traced = trace(model, example)
+    copied(model)  # pruned ones are, and those that cannot be are to say so once
     found, notes = groups(model, traced, kinds=kinds, ignored=ignored)
     candidates, more = find(model, traced, found, scores, min_units, round_to, ratios or {})
     notes += more
@@ -174,6 +177,7 @@ def check_reachable(
     """
     _check(ranking, kinds, min_units, round_to, ignored)
     traced = trace(model, example)
+    copied(model)  # pruned ones are, and those that cannot be are to say so once
     found, notes = groups(model, traced, kinds=kinds, ignored=ignored)
     anything = {name: p.detach().abs() for name, p in model.named_parameters()}
     candidates, more = find(model, traced, found, anything, min_units, round_to, ratios or {})

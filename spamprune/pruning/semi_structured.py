@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spamprune.bayes.parameters import check_shapes, named_parameters
+from spamprune.copies import copied
 from spamprune.errors import PruningError
 from spamprune.pruning.masks import Masks, check_numbers
 
@@ -78,7 +78,7 @@ def compressed(model: nn.Module) -> tuple[nn.Module, list[str]]:
     Raises:
         PruningError: No layer can be compressed.
     """
-    small = copy.deepcopy(model).requires_grad_(False)
+    small = copied(model).requires_grad_(False)
     stored, notes = 0, []
     for name, module, weight in list(_matrices(small)):
         if not is_semi_structured(weight):

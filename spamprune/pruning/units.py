@@ -107,6 +107,9 @@ def groups(
     return found, notes + _idle(model, trace.unread)
 
 
+#: Modules whose outputs a user would expect to be prunable.
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
+
 _WORDS: dict[Kind, str] = {
     "heads": "heads",
     "head_dims": "dimensions of heads",
@@ -165,7 +168,11 @@ def _producer(
     """Return the slice that best says whose outputs the units are."""
     weights = [s for s in slices if s.name in parameters and _is_matrix(parameters[s.name])]
     made = [s for s in weights if _is_made(s, modules)]
-    return (made or weights or [s for s in slices if s.name in parameters])[0]
+    vectors = [s for s in slices if s.name in parameters]
+    # a weight that is computed from others may not go with them: then the layer's bias does
+    biases = [s for s in vectors if isinstance(modules.get(owner(s.name)[0]), _LAYERS)]
+    biases = [s for s in biases if _is_made(s, modules)]
+    return (made or biases or weights or vectors)[0]
 
 
 def _is_matrix(parameter: Tensor) -> bool:
@@ -176,8 +183,7 @@ def _is_matrix(parameter: Tensor) -> bool:
 def _is_output(module: nn.Module | None, axis: Axis) -> bool:
     """Tell whether a user would expect the units of a layer to be prunable."""
     inherent = axis.fixed in ("the model's output", "the model's input", SPACE)
-    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
-    return isinstance(module, kinds) and not inherent
+    return isinstance(module, _LAYERS) and not inherent
 
 
 def _primary(trace: Trace) -> dict[Axis, Axis]:

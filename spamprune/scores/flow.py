@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spamprune.bayes.curvature.batches import pair
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PruningError
-from spamprune.modules import call_with, device_of, differentiable
+from spamprune.modules import call_with, check_python, device_of, differentiable
 from spamprune.scores.registry import Batches, Scores, criterion
 
 
@@ -25,9 +25,10 @@ def synflow(model: nn.Module, data: Batches) -> Scores:
     The paper prunes by a schedule of masks: :func:`spamprune.pruning.masks.iterative_masks`.
 
     Raises:
-        PruningError: Inputs are not real numbers, the outputs are no tensor, R is not finite, or it
-            does not depend on any weight.
+        PruningError: Inputs are not real numbers, the model is TorchScript, its outputs are no
+            tensor, R is not finite, or it does not depend on any weight.
     """
+    check_python(model, PruningError)
     ones = _ones_like_one_of(data, device_of(model))
     # duplicates of a tied parameter follow its first name
     sizes = {n: p.detach().double().abs() for n, p in model.named_parameters()}

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -16,7 +17,7 @@ from spamprune import scores
 from spamprune.errors import PruningError
 from spamprune.models.classic import fc_cancer, lenet
 from spamprune.pruning import cost
-from spamprune.pruning.compaction import Plan, apply, masked, verify
+from spamprune.pruning.compaction import Plan, apply, difference, masked, verify
 from spamprune.pruning.plan import Target, check_reachable, plan
 from tests.pruning.test_importance import Branches, resnet
 from tests.pruning.test_trace import Net
@@ -123,6 +124,50 @@ def test_verify_catches_a_wrong_compaction(network):
         small.conv1.weight[0] += 0.01
     with pytest.raises(PruningError, match="differs from its masked original"):
         verify(network, small, found, torch.randn(32, 1, 28, 28))
+
+
+class Several(nn.Module):
+    """Has outputs of several scales, such as class scores beside boxes in pixels."""
+
+    def __init__(self, *scales):
+        super().__init__()
+        self.hidden = nn.Linear(4, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, 3) for _ in scales)
+        self.scales = scales
+
+    def forward(self, x):
+        x = self.hidden(x).relu()
+        return [scale * head(x) for scale, head in zip(self.scales, self.heads, strict=True)]
+
+
+@pytest.mark.parametrize("scales", [(1, 1e4), (1e4, 1)], ids=str)
+@pytest.mark.parametrize("damage", [0.5, float("nan")])
+def test_verify_catches_it_in_every_output(scales, damage):
+    torch.manual_seed(0)
+    model = Several(*scales)
+    inputs = torch.randn(16, 4)
+    found = plan(model, inputs[:1], magnitudes(model), Target(ratio=0.5))
+    small = apply(model, found)
+    assert verify(model, small, found, inputs) <= 1e-5
+    with torch.no_grad():
+        small.heads[scales.index(1)].bias[0] += damage
+    with pytest.raises(PruningError, match="differs from its masked original"):
+        verify(model, small, found, inputs)
+
+
+def test_a_difference_is_relative_to_each_output_s_largest_entry():
+    first = [torch.tensor([2.0, -4.0]), torch.tensor([1e3]), torch.zeros(2)]
+    assert difference(first, first) == 0
+    for i, (change, expected) in enumerate([(1, 0.25), (1, 1e-3), (1e-6, 1e-6)]):
+        second = [t.clone() for t in first]
+        second[i] += change
+        assert difference(first, second) == pytest.approx(expected)
+        second[i][0] = torch.nan
+        assert math.isnan(difference(first, second))
+        assert math.isnan(difference(second, first))
+    infinite = [torch.tensor([torch.inf, 1.0])]
+    assert difference(infinite, infinite) == 0
+    assert difference([torch.zeros(1)], [torch.ones(1)]) == 1e12
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="another way before 2.9")

@@ -815,6 +815,56 @@ def test_a_layer_behind_a_pruned_one_may_have_a_spectral_norm():
         pruned(model, inputs(ROW))
 
 
+def weight_normed():
+    layer = nn.utils.weight_norm(nn.Linear(9, 8))
+    with torch.no_grad():
+        layer(torch.randn(1, 9))  # so that it can be copied
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "operation"),
+    [
+        (weight_normed, "_weight_norm_interface in 0"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(9, 8)),
+            "_weight_norm_interface in 0.parametrizations.weight.0",
+        ),
+        (
+            lambda: nn.utils.parametrizations.orthogonal(nn.Linear(9, 8)),
+            "diagonal in 0.parametrizations.weight.0",
+        ),
+    ],
+    ids=["old weight norm", "weight norm", "orthogonal"],
+)
+def test_layers_whose_weight_is_computed_as_a_whole_are_noted(layer, operation):
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(), nn.ReLU(), nn.Linear(8, 5), nn.Linear(5, 3)).double()
+    found, _ = pruned(model, inputs((2, 9)))
+    assert found.widths() == {"2": 3}
+    assert found.notes == (f"0: 8 channels left whole: {operation} needs all of its positions",)
+
+
+def test_units_of_a_layer_whose_weight_is_computed_bear_its_name():
+    """The rows of a tall orthogonal matrix are those of the base that its parametrisation keeps."""
+    torch.manual_seed(0)
+    tall = nn.utils.parametrizations.orthogonal(nn.Linear(6, 8))
+    model = nn.Sequential(tall, nn.ReLU(), nn.Linear(8, 5), nn.Linear(5, 3)).double()
+    found, small = pruned(model, inputs(ROW))
+    assert found.widths() == {"0": 4, "2": 3}
+    assert small[0].weight.shape == (4, 6)
+
+
+@pytest.mark.parametrize("norms", [[nn.InstanceNorm2d(8)], []], ids=["InstanceNorm", "alone"])
+def test_channels_that_a_window_goes_over_are_noted(norms):
+    norms = [*norms, nn.LocalResponseNorm(3)]
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), *norms, nn.Conv2d(8, 5, 3), nn.Conv2d(5, 3, 1))
+    found, _ = pruned(model.double(), inputs((2, 2, 9, 9)))
+    assert found.widths() == {f"{len(norms) + 1}": 3}
+    (note,) = found.notes
+    assert note.startswith(f"0: 8 channels left whole: constant_pad_nd in {len(norms)}")
+
+
 def test_what_a_forward_pass_does_not_use_stays_as_it_is():
     model = Net(lambda m, x: m.h(m.a(x).relu()), a=nn.Linear(16, 8), h=nn.Linear(8, 3)).double()
     model.norm, model.mask_token = nn.LayerNorm(8), nn.Parameter(torch.zeros(1, 1, 8))

@@ -26,7 +26,7 @@ from spamprune.bayes.curvature.probe import jittered
 from spamprune.bayes.likelihood import Classification
 from spamprune.bayes.parameters import named_parameters
 from spamprune.errors import PosteriorError
-from spamprune.modules import full_precision
+from spamprune.modules import check_python, full_precision
 
 #: Where asdl leaves what it found on a module, and a flag on a parameter.
 _FOUND, _FLAG = "_asdl_fisher", "_original_requires_grad"
@@ -56,6 +56,7 @@ def asdl_curvature(
     Raises:
         PosteriorError: asdl is not installed, or is not right on this model; a parameter is named.
     """
+    check_python(model, PosteriorError)
     library = _library()
     parameters = named_parameters(model)
     with _left_as_it_was(model):

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from spamprune.errors import PruningError
-from spamprune.modules import evaluation_mode, same_buffers
+from spamprune.modules import check_python, evaluation_mode, same_buffers
 from spamprune.pruning.axes import bundles
 from spamprune.pruning.axes.axis import Axis, count, fix, leaves
 from spamprune.pruning.axes.call import Axes
@@ -122,6 +122,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
             f"the example is a {type(example).__name__}: give the tensor that is the network's "
             "input, (B, ...)"
         )
+    check_python(model, PruningError)
     _check_shapes(model)
     recorder = Recorder(model)
     with (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from spamprune.pruning.axes.axis import Axis, factor, fix, mix, product
+from spamprune.pruning.axes.axis import Axis, factor, fix, leaves, mix, product
 from spamprune.pruning.axes.call import SPACE, Axes, Call, Rule, Shadow, rule, unknown
 
 
@@ -18,8 +18,9 @@ def window(call: Call, axes: Axes, sizes: Sequence[int]) -> Axes:
         mix(axes[0], call.why)
         return axes
     for axis in axes:
-        fix(axis, SPACE)
-    return [Axis(n, fixed=SPACE) for n in sizes]
+        fix(axis, call.why)
+    # positions of the input stay such, and channels that a window goes over stay channels
+    return [Axis(n, fixed=next(leaves(axis)).fixed) for n, axis in zip(sizes, axes, strict=True)]
 
 
 def _spatial(dims: int) -> Rule:
