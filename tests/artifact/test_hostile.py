@@ -98,7 +98,7 @@ def test_wrong_tensors(small: Path) -> None:
         ("[" * 100_000, "cannot be read"),
         ("[]", "not written by spamprune.save"),
         ('{"model_type": "bert"}', "not written by spamprune.save"),
-        ('{"format": "spamprune-artifact", "version": 3}', "upgrade spamprune"),
+        ('{"format": "spamprune-artifact", "version": 4}', "upgrade spamprune"),
         ('{"format": "spamprune-artifact", "version": "x"}', "damaged at 'version'"),
         (" " * (16 * 2**20 + 1), "larger than 16 MiB"),
         (
