@@ -152,8 +152,9 @@ def _check_facts(where: Path, config: Config, model: nn.Module) -> None:
     if config.facts is None:  # by name, or of a version that recorded none
         return
     for name, key, saved, found in differing(config.facts, model):
+        told = "".join(filter(str.isprintable, saved))  # it comes from the file
         raise ArtifactError(
-            f"{where} has {key} = {saved:.200} in {name or 'the model'!r}, the model built has "
+            f"{where} has {key} = {told:.200} in {name or 'the model'!r}, the model built has "
             f"{found}: build it as it was saved"
         )
 

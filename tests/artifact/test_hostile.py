@@ -197,6 +197,9 @@ def test_edited_configuration(
         ({"weights": "../other.safetensors"}, "'weights'"),
         ({"buffers": ["nope"]}, "'nope'"),
         ({"shapes": 3}, "'shapes'"),
+        ({"facts": {"conv1": 3}}, "facts.conv1"),
+        ({"facts": {"conv1": {"padding_mode": "\n'x'"}}}, "has padding_mode = 'x' in 'conv1'"),
+        ({"facts": {"conv1": {"__class__": "x"}}}, "has __class__ = x in 'conv1'"),
         ({"preprocessing": {"input_size": [3, 8], "mean": [0.0], "std": [1.0]}}, "input_size"),
         (
             {"preprocessing": {"input_size": [3, 8, 8], "mean": [0.0], "std": [1.0]}},

@@ -73,7 +73,7 @@ class Stateful(Holder):
         return {"scale": 2.0}
 
 
-def seeded(**attributes: Any) -> Callable[[], nn.Module]:
+def made(**attributes: Any) -> Callable[[], nn.Module]:
     return partial(Holder, **attributes)
 
 
@@ -157,14 +157,14 @@ PAIRS: list[tuple[str, Any, Any]] = [
 
 @pytest.mark.parametrize(("saved", "built"), [p[1:] for p in PAIRS], ids=[p[0] for p in PAIRS])
 def test_changed_attributes_are_refused(saved: Any, built: Any, tmp_path: Path) -> None:
-    model, other = Holder(value=saved), seeded(value=built)
+    model, other = Holder(value=saved), made(value=built)
     with pytest.raises(ArtifactError, match=r"'the model' has value = .*, built with"):
         save(model, tmp_path / "net", factory=other)
     folder = save(model, tmp_path / "net")
-    assert_same(model, load(folder, factory=seeded(value=saved)), X)
+    assert_same(model, load(folder, factory=made(value=saved)), X)
     with pytest.raises(ArtifactError, match=r"has value = .* in 'the model', the model built has"):
         load(folder, factory=other)
-    folder = save(model, tmp_path / "net", factory=seeded(value=saved))
+    folder = save(model, tmp_path / "net", factory=made(value=saved))
     with pytest.raises(ArtifactError, match=r"has value = .* in 'the model', the model built has"):
         load(folder, factory=other)
 
@@ -231,7 +231,7 @@ def test_what_classes_bring_along(tmp_path: Path) -> None:
     assert_same(model, load(save(model, tmp_path / "cache"), factory=Caching), X)
     assert_same(model, load(save(model, tmp_path / "two", factory=Caching), factory=Caching), X)
     model = Holder(table=torch.arange(3))
-    again = seeded(table=torch.arange(3))
+    again = made(table=torch.arange(3))
     assert_same(model, load(save(model, tmp_path / "net", factory=again), factory=again), X)
     model.name = "of a run"
     model.compile()  # adds an attribute
@@ -315,6 +315,7 @@ WRAPS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("with_factory", [False, True])
 @pytest.mark.parametrize("layer", WRAPS)
 def test_parametrizations_and_norms(
