@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from types import BuiltinFunctionType, FunctionType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from spamprune.artifact.facts import (
+    HOOKS,
+    Words,
+    alike,
+    default,
+    hooks,
+    replaces_method,
+    telling,
+    tensors_in,
+)
 from spamprune.artifact.format import kind, own_attributes, slots
 from spamprune.errors import ArtifactError
 
 Attributes = dict[str, dict[str, Any]]  # module → attribute → value
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def check_rebuildable(model: nn.Module, built: nn.Module) -> None:
@@ -25,16 +34,41 @@ def check_rebuildable(model: nn.Module, built: nn.Module) -> None:
     modules, expected = dict(model.named_modules()), dict(built.named_modules())
     for name in {**modules, **expected}:
         found, wanted = modules.get(name), expected.get(name)
-        if type(found) is not type(wanted):
+        if found is None or wanted is None or _class_of(found) != _class_of(wanted):
             what = f"is {type(found).__name__}, not {type(wanted).__name__} as built"
             raise _not_rebuildable(name, what)
-        for hooks in _HOOKS:
-            if len(getattr(found, hooks)) != len(getattr(wanted, hooks)):
+        for which in HOOKS:
+            if len(getattr(found, which)) != len(getattr(wanted, which)):
                 raise _not_rebuildable(name, "has forward hooks, which are code")
+        _check_extra_state(name, found)
     places, wanted_places = slots(model), slots(built)
     for name in sorted(places.keys() ^ wanted_places.keys()):
         state = "is not there" if name in wanted_places else "was added"
         raise _not_rebuildable(name, state)
+
+
+def check_self_contained(model: nn.Module) -> None:
+    """Check that a function which calls the model's class can remake what an artifact lacks.
+
+    Raises:
+        ArtifactError: Tensors lie outside parameters and buffers, or there is code that does not
+            come from the network's classes.
+    """
+    kept = {id(slot.tensor) for slot in slots(model).values()}
+    for name, module in model.named_modules():
+        _check_extra_state(name, module)
+        for key, value in telling(module).items():
+            lost = [tensor for tensor in tensors_in(value) if id(tensor) not in kept]
+            if any(isinstance(tensor, nn.Parameter) for tensor in lost):
+                how = "use nn.ModuleList, nn.ModuleDict or nn.ParameterList"
+                raise _not_kept(name, key, "holds parameters that are not the module's own", how)
+            if lost and isinstance(value, Tensor):  # those in containers are compared by ``load``
+                raise _not_kept(name, key, "is a plain tensor", "register it as a buffer")
+            if replaces_method(module, key, value):
+                raise _not_rebuildable(name, f"has its own {key!r}, which is code")
+        for which in HOOKS:
+            if not all(_is_code_of(model, hook) for hook in hooks(module, which)):
+                raise _not_rebuildable(name, "has forward hooks, which are code")
 
 
 def plain_attributes(model: nn.Module) -> Attributes:
@@ -53,19 +87,23 @@ def changed_attributes(model: nn.Module, built: nn.Module) -> Attributes:
     """
     changed: Attributes = {}
     expected = dict(built.named_modules())
+    words, words_built = Words(model, exact=True), Words(built, exact=True)
     for name, module in model.named_modules():
-        before, after = own_attributes(expected[name]), own_attributes(module)
-        for key, new in after.items():
-            if key not in before:
-                if callable(new) and hasattr(type(module), key):
-                    raise _not_rebuildable(name, f"has its own {key!r}, which is code")
+        before = own_attributes(expected[name])
+        for key, new in telling(module).items():
+            if key not in before and replaces_method(module, key, new):
+                raise _not_rebuildable(name, f"has its own {key!r}, which is code")
+            old = before[key] if key in before else default(module, key)
+            if old is ...:
                 continue
-            old = before[key]
-            if kind(new) and (old is None or kind(old) == kind(new)):
+            settable = key in before and (old is None or kind(old) == kind(new))
+            if kind(new) and settable:
                 if _as_lists(old) != _as_lists(new):
                     changed.setdefault(name, {})[key] = new
-            elif kind(old) or kind(new) or _opaque_change(old, new):
-                raise _not_rebuildable(name, f"has {key} = {new!r:.80}, built with {old!r:.80}")
+                continue
+            said, expected_words = words.of(new), words_built.of(old)
+            if not alike(said, expected_words):
+                raise _not_rebuildable(name, f"has {key} = {said}, built with {expected_words}")
     return changed
 
 
@@ -78,13 +116,32 @@ def same(first: Tensor, second: Tensor | None) -> bool:
     )
 
 
-def _opaque_change(old: object, new: object) -> bool:
-    """Tell whether an attribute that cannot be saved has visibly changed."""
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        return not same(old, new)
-    if isinstance(old, (FunctionType, BuiltinFunctionType)):
-        return getattr(new, "__qualname__", None) != old.__qualname__
-    return isinstance(old, (str, float)) and old != new and repr(old) != repr(new)
+def _class_of(module: nn.Module) -> tuple[bool, tuple[type, ...]]:
+    """Return what tells a module's class: torch makes a new one for each parametrized module."""
+    parametrized = is_parametrized(module)
+    return parametrized, type(module).__bases__ if parametrized else (type(module),)
+
+
+def _is_code_of(model: nn.Module, function: Callable[..., Any]) -> bool:
+    """Tell whether a function was defined in a class of the network, which brings it along."""
+    name = getattr(function, "__qualname__", "")
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    return any(name.startswith(f"{cls.__qualname__}.") for cls in classes)
+
+
+def _check_extra_state(name: str, module: nn.Module) -> None:
+    if type(module).get_extra_state is not nn.Module.get_extra_state:
+        raise ArtifactError(
+            f"{name or 'the model'!r} has get_extra_state, whose result an artifact cannot hold: "
+            "keep that state in buffers"
+        )
+
+
+def _not_kept(name: str, key: str, what: str, how: str) -> ArtifactError:
+    return ArtifactError(
+        f"{key!r} of {name or 'the model'!r} {what}, which an artifact does not hold: {how}, or, "
+        "where it is the same each time the model is built, pass spamprune.save the factory"
+    )
 
 
 def _not_rebuildable(name: str, what: str) -> ArtifactError:

@@ -33,7 +33,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"  # for people, never read
 FORMAT: Final = "spamprune-artifact"
-VERSION: Final = 2
+VERSION: Final = 3
 
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_NESTING = 4  # of sequences in an attribute
@@ -78,13 +78,13 @@ class Config(BaseModel):
     """The content of ``config.json``: how to rebuild the model, and what its maker adds.
 
     Everything is relative to a freshly built model: names that are not mentioned are as built.
-    Fields with a default came with version 2.
+    Fields with a default came with version 2, ``facts`` with version 3.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal["spamprune-artifact"] = FORMAT
-    version: Literal[1, 2] = VERSION
+    version: Literal[1, 2, 3] = VERSION
     library_name: Literal["spamprune"] = "spamprune"  # what the hub calls the library
     base_model: str | None = None  # the trained network that was pruned, such as a hub repository
     licence: str | None = None  # the hub's identifier of it, such as "apache-2.0"
@@ -95,6 +95,7 @@ class Config(BaseModel):
     architecture: Architecture | None  # None: a class of the user's, which load's factory builds
     class_name: str  # for messages only, never imported
     modules: dict[str, str]  # module → class, to check what a factory builds
+    facts: dict[str, dict[str, str]] | None = None  # module → attribute → words, to check likewise
     shapes: dict[str, list[NonNegativeInt] | None]  # parameter or buffer → shape; None: removed
     attributes: dict[str, dict[str, Any]]  # module → attribute → number, truth value or sequence
     shared: dict[str, str]  # parameter or buffer → the one it is tied to

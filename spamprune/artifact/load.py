@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spamprune.artifact import hub
+from spamprune.artifact.facts import differing, tensors_in
 from spamprune.artifact.format import (
     CONFIG,
     WEIGHTS,
@@ -60,6 +61,7 @@ def load(folder: str | Path, *, factory: Callable[[], nn.Module] | None = None) 
         _check_memory(where, _unpruned_bytes(factory))
     model = build(factory)
     _check_modules(where, config, model)
+    _check_facts(where, config, model)
     places = slots(model)
     shapes = _expected_shapes(where, config, places)
     stored = {name: shape for name, shape in shapes.items() if name not in config.shared}
@@ -76,6 +78,7 @@ def load(folder: str | Path, *, factory: Callable[[], nn.Module] | None = None) 
     for name in shapes:
         value = filled[config.shared.get(name, name)]
         setattr(places[name].module, places[name].key, value)
+    _follow(model, places)
     if config.preprocessing is not None:
         known = getattr(model, "pretrained_cfg", None) or {}
         settings: Any = {**known, **config.preprocessing.model_dump()}
@@ -142,6 +145,18 @@ def _check_modules(where: Path, config: Config, model: nn.Module) -> None:
                 f"{where} has a {class_name} as {name or 'the model'!r}, the model built has a "
                 f"{found[name]}: build it as it was saved"
             )
+
+
+def _check_facts(where: Path, config: Config, model: nn.Module) -> None:
+    """Raise where the model has other text, functions, hooks and the like than the artifact."""
+    if config.facts is None:  # by name, or of a version that recorded none
+        return
+    for name, key, saved, found in differing(config.facts, model):
+        told = "".join(filter(str.isprintable, saved))  # it comes from the file
+        raise ArtifactError(
+            f"{where} has {key} = {told:.200} in {name or 'the model'!r}, the model built has "
+            f"{found}: build it as it was saved"
+        )
 
 
 def _expected_shapes(where: Path, config: Config, places: dict[str, Slot]) -> dict[str, Shape]:
@@ -220,6 +235,28 @@ def _set_attributes(where: Path, config: Config, model: nn.Module) -> None:
                     "model built has no such attribute of that kind: build it as it was saved"
                 )
             setattr(modules[name], key, _typed_like(old, value))
+
+
+def _follow(model: nn.Module, places: dict[str, Slot]) -> None:
+    """Let attributes that hold parameters or buffers, as lists of them, hold the new ones."""
+    filled = {
+        id(place.tensor): getattr(place.module, place.key)
+        for place in places.values()
+        if place.tensor is not None
+    }
+    for module in model.modules():
+        for key, value in own_attributes(module).items():
+            if any(id(tensor) in filled for tensor in tensors_in(value)):
+                vars(module)[key] = _exchanged(value, filled)
+
+
+def _exchanged(value: Any, filled: dict[int, Tensor]) -> Any:
+    """Return ``value`` with tensors exchanged wherever they are within lists, tuples or dicts."""
+    if type(value) in (list, tuple):
+        return type(value)(_exchanged(item, filled) for item in value)
+    if isinstance(value, dict):
+        return {key: _exchanged(item, filled) for key, item in value.items()}
+    return filled.get(id(value), value)
 
 
 def _typed_like(old: Any, value: Any) -> Any:

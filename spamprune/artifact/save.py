@@ -22,9 +22,11 @@ from spamprune.artifact.card import card
 from spamprune.artifact.compare import (
     changed_attributes,
     check_rebuildable,
+    check_self_contained,
     plain_attributes,
     same,
 )
+from spamprune.artifact.facts import facts
 from spamprune.artifact.format import (
     CARD,
     CONFIG,
@@ -112,6 +114,7 @@ def save(
         modules={name: type(module).__name__ for name, module in model.named_modules()}
         if architecture is None
         else {},
+        facts=facts(model) if architecture is None else None,
         **_differences(model, built),
     )
     _write(target, config, _tensors(model, config), card(config, model, built))
@@ -123,6 +126,7 @@ def _differences(model: nn.Module, built: nn.Module | None) -> dict[str, Any]:
     places = slots(model)
     if built is None:
         fresh: dict[str, Slot] = {}
+        check_self_contained(model)
         attributes = plain_attributes(model)
     else:
         fresh = slots(built)

@@ -182,7 +182,7 @@ def test_version_1_still_loads(small: Path) -> None:
     (small / "README.md").unlink()
     assert_same(expected, load(small), GREY)
     save(expected, small)
-    assert read_config(small).version == 2
+    assert read_config(small).version == 3
 
 
 class Lazy(nn.Module):

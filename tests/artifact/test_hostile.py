@@ -98,7 +98,7 @@ def test_wrong_tensors(small: Path) -> None:
         ("[" * 100_000, "cannot be read"),
         ("[]", "not written by spamprune.save"),
         ('{"model_type": "bert"}', "not written by spamprune.save"),
-        ('{"format": "spamprune-artifact", "version": 3}', "upgrade spamprune"),
+        ('{"format": "spamprune-artifact", "version": 4}', "upgrade spamprune"),
         ('{"format": "spamprune-artifact", "version": "x"}', "damaged at 'version'"),
         (" " * (16 * 2**20 + 1), "larger than 16 MiB"),
         (
@@ -197,6 +197,9 @@ def test_edited_configuration(
         ({"weights": "../other.safetensors"}, "'weights'"),
         ({"buffers": ["nope"]}, "'nope'"),
         ({"shapes": 3}, "'shapes'"),
+        ({"facts": {"conv1": 3}}, "facts.conv1"),
+        ({"facts": {"conv1": {"padding_mode": "\n'x'"}}}, "has padding_mode = 'x' in 'conv1'"),
+        ({"facts": {"conv1": {"__class__": "x"}}}, "has __class__ = x in 'conv1'"),
         ({"preprocessing": {"input_size": [3, 8], "mean": [0.0], "std": [1.0]}}, "input_size"),
         (
             {"preprocessing": {"input_size": [3, 8, 8], "mean": [0.0], "std": [1.0]}},
