@@ -103,7 +103,11 @@ def full_precision() -> Iterator[None]:
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """Restore the buffers that a forward pass changes or replaces, such as a count of its calls."""
-    own = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    own = [
+        (module._buffers, dict(module._buffers))
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # whose buffers no one can put back
+    ]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
