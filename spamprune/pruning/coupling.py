@@ -284,7 +284,7 @@ def _check_sources(
     """Yield what is wrong where a layer reads other channels than torch-pruning assumes.
 
     It passes indices unchanged through transposes, flips, rolls, shuffles. Autograd knows better,
-    of layers as they were when the graph was built: a group is compared before its first cut.
+    of layers as they were when the graph was built: only those of that width are compared.
     """
     other = len(bundles) + 1  # the label of channels outside the group
 
@@ -304,13 +304,13 @@ def _check_sources(
                 made[node.grad_fn] = node, dim, labels(indices, size)
         if graph.is_in_channel_pruning_fn(handler):
             found = reading(node.grad_fn)
-            if found:
+            if found and graph.get_in_channels(node) in (None, found.shape[found.dim]):
                 read.append((found, labels(indices, found.shape[found.dim])))
     parameters = set(graph.model.parameters())
     ends = {n.grad_fn for n in graph.module2node.values() if _channel_dim(n) is not None}
     for found, assumed in read:
         if found.weight is not None and found.weight not in parameters:
-            continue  # the layer has been cut since
+            continue  # cut since: a layer over tokens, whose sums are a node of their own
         for function, actual in sources(found, assumed, ends):
             if function in made:
                 node, dim, expected = made[function]

@@ -232,9 +232,10 @@ def test_the_permutations_of_attention_and_of_normalisations_are_followed(name):
     assert all(importance(group).isfinite().all() for group in groups)
 
 
-def test_a_group_is_accepted_again_when_others_of_its_readers_have_been_cut():
-    model = made(LOST["swap of two branches"]).float()
-    model.operation = nn.Identity()
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_group_is_accepted_when_its_reader_has_been_cut_along_with_another(frozen):
+    model = made(KEPT["two branches"]).float()
+    model.reader.requires_grad_(not frozen)
     importance = ScoreImportance({n: p.detach().abs() for n, p in model.named_parameters()})
     graph = tp.DependencyGraph().build_dependency(model, torch.zeros(IMAGES))
     for layer in (model.one, model.other, model.one):
