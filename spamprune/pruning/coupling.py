@@ -7,7 +7,7 @@ parameters lie, and refuses what torch-pruning 1.6.1 is known to follow or to cu
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -22,6 +22,7 @@ from torch_pruning.ops import OPTYPE
 from torch_pruning.pruner.function import DepthwiseConvPruner
 
 from spamprune.errors import PruningError
+from spamprune.pruning.provenance import reading, shape_of, sources
 from spamprune.pruning.slices import Slice
 
 #: Operations without parameters: they only pass indices on.
@@ -108,13 +109,12 @@ def couple(group: tp.dependency.Group) -> Coupling:
             "ignored_layers"
         )
     bundles = _bundles(units, reached.values())
-    for (node, _), indices in reached.items():
-        lost = _check_offsets(graph, node) or _check_order(node, indices, bundles)
-        if lost:
-            raise PruningError(
-                f"{root}: on the way of its channels torch-pruning loses {lost}, so it would cut "
-                f"wrong ones; add {root} to ignored_layers"
-            )
+    lost = next(_lost(graph, reached, bundles), None)
+    if lost:
+        raise PruningError(
+            f"{root}: on the way of its channels torch-pruning loses {lost}, so it would cut "
+            f"wrong ones; add {root} to ignored_layers"
+        )
     canonical = {p: name for name, p in graph.model.named_parameters()}
     pieces: list[Slice] = []
     parameters: dict[str, nn.Parameter] = {}
@@ -219,6 +219,13 @@ def _distinct(pieces: list[Slice]) -> list[Slice]:
     return distinct
 
 
+def _lost(graph: tp.DependencyGraph, reached: _Reached, bundles: dict[int, int]) -> Iterator[str]:
+    """Yield what torch-pruning has lost on the way of a group's channels."""
+    for (node, _), indices in reached.items():
+        yield from filter(None, [_check_offsets(graph, node), _check_order(node, indices, bundles)])
+    yield from _check_sources(graph, reached, bundles)
+
+
 def _check_offsets(graph: tp.DependencyGraph, node: tp.dependency.Node) -> str | None:
     """Return what is wrong if torch-pruning lacks the offsets of channels at ``node``.
 
@@ -269,6 +276,57 @@ def _check_order(
         if any(parts[k] != parts[assumed] for k in mistaken):
             return "the order of the parts of a split"
     return None
+
+
+def _check_sources(
+    graph: tp.DependencyGraph, reached: _Reached, bundles: dict[int, int]
+) -> Iterator[str]:
+    """Yield what is wrong where a layer reads other channels than torch-pruning assumes.
+
+    It passes indices unchanged through transposes, flips, rolls, shuffles. Autograd knows better,
+    of layers as they were when the graph was built: only those of that width are compared.
+    """
+    other = len(bundles) + 1  # the label of channels outside the group
+
+    def labels(indices: set[_HybridIndex], size: int) -> Tensor:
+        found = torch.full((size,), other, dtype=torch.int32)
+        for i in indices:
+            if i.idx < size:
+                found[i.idx] = bundles[i.root_idx] + 1
+        return found
+
+    made, read = {}, []
+    for (node, handler), indices in reached.items():
+        dim = _channel_dim(node)
+        if dim is not None and graph.is_out_channel_pruning_fn(handler):
+            size = shape_of(node.grad_fn)[dim]
+            if size == graph.get_out_channels(node):
+                made[node.grad_fn] = node, dim, labels(indices, size)
+        if graph.is_in_channel_pruning_fn(handler):
+            found = reading(node.grad_fn)
+            if found and graph.get_in_channels(node) in (None, found.shape[found.dim]):
+                read.append((found, labels(indices, found.shape[found.dim])))
+    parameters = set(graph.model.parameters())
+    ends = {n.grad_fn for n in graph.module2node.values() if _channel_dim(n) is not None}
+    for found, assumed in read:
+        if found.weight is not None and found.weight not in parameters:
+            continue  # cut since: a layer over tokens, whose sums are a node of their own
+        for function, actual in sources(found, assumed, ends):
+            if function in made:
+                node, dim, expected = made[function]
+                actual = actual.movedim(dim, -1)
+                if ((actual != expected.to(actual.device)) & (actual != 0)).any():
+                    name = graph._param_to_name.get(node.module) or graph._module2name[node.module]
+                    yield f"the order of the channels of {name}"
+
+
+def _channel_dim(node: tp.dependency.Node) -> int | None:
+    """Return along which dimension of its output a node makes channels; None if it makes none."""
+    if node.type is OPTYPE.PARAMETER:
+        return int(node.pruning_dim)
+    if node.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV):
+        return 1 - int(node.module.weight.ndim)  # from the end: a batch dimension may be missing
+    return -1 if node.type in (OPTYPE.LINEAR, OPTYPE.EMBED, OPTYPE.MHA, OPTYPE.LSTM) else None
 
 
 def _find(
