@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from spamprune.bayes.curvature import CurvatureMethod, preflight
     from spamprune.bayes.likelihood import Classification, Regression
     from spamprune.bayes.posterior import Posterior, fit_posterior, load_posterior
+    from spamprune.bayes.prior import Prior
     from spamprune.bayes.reduction import Reduction
     from spamprune.bayes.spam import SpaM
     from spamprune.bayes.variational import MeanField
@@ -35,6 +36,7 @@ __all__ = [
     "OPDImportance",
     "Plan",
     "Posterior",
+    "Prior",
     "Reduction",
     "Regression",
     "ScoreImportance",
@@ -66,6 +68,7 @@ _HOMES = {
     "OPDImportance": "spamprune.pruning.importance",
     "Plan": "spamprune.pruning.compaction",
     "Posterior": "spamprune.bayes.posterior",
+    "Prior": "spamprune.bayes.prior",
     "Reduction": "spamprune.bayes.reduction",
     "Regression": "spamprune.bayes.likelihood",
     "ScoreImportance": "spamprune.pruning.importance",

@@ -173,7 +173,7 @@ def fit_posterior(
         model: The trained network; it is left as it was.
         loader: Batches of inputs and targets.
         n_data: Size of the training set; by default ``len(loader.dataset)``.
-        prior: A prior, or the precision of a scalar one.
+        prior: A :class:`~spamprune.bayes.prior.Prior`, or the precision of a scalar one.
         curvature: How H is computed: diagonal or Kronecker-factored, sketched or exact.
         likelihood: Of the targets; by default integer class labels.
         temperature: T.
@@ -193,7 +193,7 @@ def fit_posterior(
         n_data = len(dataset)  # type: ignore[arg-type]
     check_positive(n_data=n_data, temperature=temperature)
     if isinstance(prior, str):
-        raise PosteriorError(f"prior {prior!r} has no precision: give Prior(model, {prior!r})")
+        raise PosteriorError(f"prior {prior!r} has no precision: give spamprune.Prior(model, {prior!r})")
     if not isinstance(prior, Prior):
         prior = Prior(model, "scalar", prior)
     check_shapes(named_parameters(model), prior.precision(), "the prior")
