@@ -193,7 +193,9 @@ def fit_posterior(
         n_data = len(dataset)  # type: ignore[arg-type]
     check_positive(n_data=n_data, temperature=temperature)
     if isinstance(prior, str):
-        raise PosteriorError(f"prior {prior!r} has no precision: give spamprune.Prior(model, {prior!r})")
+        raise PosteriorError(
+            f"prior {prior!r} has no precision: give spamprune.Prior(model, {prior!r})"
+        )
     if not isinstance(prior, Prior):
         prior = Prior(model, "scalar", prior)
     check_shapes(named_parameters(model), prior.precision(), "the prior")
