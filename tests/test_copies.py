@@ -6,13 +6,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import nn
 
 import spamprune as sp
 from spamprune.copies import copied
+from spamprune.engine.cell import accelerator
 from spamprune.errors import PruningError
 from spamprune.pruning.masks import iterative_masks
+from spamprune.recipe.schema import Arithmetic
 
 INPUTS = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
 
@@ -190,7 +191,7 @@ def a_method_s_hook(model):
 
 
 def prepared(model):
-    Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    accelerator(Arithmetic(precision="bf16")).prepare(model)
 
 
 def compiled_in_place(model):
