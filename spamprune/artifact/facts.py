@@ -157,7 +157,12 @@ def alike(saved: str, built: str) -> bool:
 
 
 def telling(module: nn.Module) -> dict[str, Any]:
-    """Return a module's attributes less those that say nothing of what it computes."""
+    """Return a module's attributes less those that say nothing of what it computes.
+
+    A metric of torchmetrics, as training modules have them, watches and computes nothing.
+    """
+    if any(cls.__module__.partition(".")[0] == "torchmetrics" for cls in type(module).__mro__):
+        return {}
     recomputed = {
         getattr(hook, "_tensor_name", getattr(hook, "name", None))
         for hook in module._forward_pre_hooks.values()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import is_parametrized
+from torchmetrics.classification import MulticlassAccuracy
 
 from spamprune.artifact import load, read_config, save
 from spamprune.errors import ArtifactError
@@ -122,6 +123,17 @@ def test_plain_tensors_and_hidden_parameters_are_refused(tmp_path: Path) -> None
     for hidden in ([nn.Linear(2, 2)], {"w": nn.Parameter(torch.zeros(1))}):
         with pytest.raises(ArtifactError, match=r"'layers'.*nn.ModuleList"):
             save(Holder(layers=hidden), tmp_path / "net")
+
+
+@pytest.mark.parametrize("by", [None, "factory"])
+def test_metrics_of_a_training_module_say_nothing_of_it(by: str | None, tmp_path: Path) -> None:
+    def factory() -> nn.Module:
+        return Holder(accuracy=MulticlassAccuracy(4))
+
+    model = factory()
+    model.accuracy(model(torch.randn(*X)), torch.arange(4))  # which keeps what it has seen
+    save(model, tmp_path / "a", factory=factory if by else None)
+    assert_same(load(tmp_path / "a", factory=factory), model, X)
 
 
 def test_extra_state_is_refused(tmp_path: Path) -> None:
