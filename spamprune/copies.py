@@ -12,6 +12,14 @@ from torch import Tensor, nn
 
 from spamprune.errors import PruningError
 
+#: What is looked at otherwise, or called with gradients, state dicts or modes, never in a forward
+#: pass.
+_ASIDE = {
+    *("_parameters", "_buffers", "_modules", "train"),
+    *("_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+}
+
 #: Where a search ends: their own parts are looked at in other ways.
 _ENDS = (nn.Module, Tensor)
 
@@ -36,9 +44,9 @@ def copied(model: nn.Module, replaced: Mapping[int, object] | None = None) -> nn
     place = _shared(result, model)
     if place is not None:
         raise PruningError(
-            f"the {name} cannot be copied: the copy would compute with the original's weights, "
-            f"which a function in {place!r} has captured: wrap, hook or compile the network after "
-            "pruning, and write functions of its own layers as methods"
+            f"the {name} cannot be copied: the copy might go on computing with the original's "
+            f"weights, which a function in {place!r} has captured: wrap, hook or compile the "
+            "network after pruning, and write functions of its own layers as methods"
         )
     return result
 
@@ -46,13 +54,14 @@ def copied(model: nn.Module, replaced: Mapping[int, object] | None = None) -> nn
 def _shared(result: nn.Module, original: nn.Module) -> str | None:
     """Return the attribute of a copy whose function reaches something of the original, if any."""
     parts = {id(part) for part in _parts(original)}
+    checked: set[int] = set()
     for path, module in result.named_modules():
         for name, value in vars(module).items():
-            functions = (v for v in _reached(value, FunctionType) if isinstance(v, FunctionType))
-            captured = (v for f in functions for child in _children(f) for v in _reached(child))
-            ends = (v for v in captured if isinstance(v, _ENDS))
-            if any(id(part) in parts for end in ends for part in _parts(end)):
-                return f"{path}.{name}" if path else name
+            for end in () if name in _ASIDE else _reached(value):
+                if isinstance(end, _ENDS) and id(end) not in checked:
+                    checked.add(id(end))
+                    if any(id(part) in parts for part in _parts(end)):
+                        return f"{path}.{name}" if path else name
     return None
 
 
@@ -65,8 +74,8 @@ def _parts(value: nn.Module | Tensor) -> Iterator[nn.Module | Tensor]:
         yield from parts
 
 
-def _reached(start: object, *ends: type) -> Iterator[object]:
-    """Yield what can be called or taken from ``start``; ``ends`` are not looked into."""
+def _reached(start: object) -> Iterator[object]:
+    """Yield what can be called or taken from ``start``."""
     seen: set[int] = set()
     waiting = [start]
     while waiting:
@@ -75,7 +84,7 @@ def _reached(start: object, *ends: type) -> Iterator[object]:
             continue
         seen.add(id(value))
         yield value
-        if not isinstance(value, (*_ENDS, *ends)):
+        if not isinstance(value, _ENDS):
             waiting.extend(_children(value))
 
 

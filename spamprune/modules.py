@@ -100,6 +100,16 @@ def full_precision() -> Iterator[None]:
             setattr(place, name, old)
 
 
+def _is_written(buffer: Tensor) -> bool:
+    """Tell whether a forward pass can write to a tensor, and that can be seen and undone."""
+    if buffer.layout != torch.strided or buffer.is_meta or buffer.is_nested:
+        return False
+    expanded = not buffer.is_quantized and any(
+        n > 1 and stride == 0 for n, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
+    return not expanded
+
+
 @contextmanager
 def same_buffers(model: nn.Module) -> Iterator[None]:
     """Restore the buffers that a forward pass changes or replaces, such as a count of its calls."""
@@ -108,14 +118,14 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
         for module in model.modules()
         if not isinstance(module, torch.jit.ScriptModule)  # whose buffers no one can put back
     ]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if _is_written(buffer)]
     try:
         yield
     finally:
         for buffers, before in own:
             buffers.update(before)
         for buffer, value in values:
-            if not torch.equal(buffer, value):  # nobody can write to one that was expanded
+            if not torch.equal(buffer, value):
                 buffer.data.copy_(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def check_self_contained(model: nn.Module) -> None:
                 how = "use nn.ModuleList, nn.ModuleDict or nn.ParameterList"
                 raise _not_kept(name, key, "holds parameters that are not the module's own", how)
             if lost and isinstance(value, Tensor):  # those in containers are compared by ``load``
-                raise _not_kept(name, key, "is a plain tensor", "register it as a buffer")
+                how = "register it as a buffer, or set it to None if nothing is computed with it"
+                raise _not_kept(name, key, "is a plain tensor", how)
             if replaces_method(module, key, value):
                 raise _not_rebuildable(name, f"has its own {key!r}, which is code")
         for which in HOOKS:
@@ -96,7 +98,7 @@ def changed_attributes(model: nn.Module, built: nn.Module) -> Attributes:
             old = before[key] if key in before else default(module, key)
             if old is ...:
                 continue
-            settable = key in before and (old is None or kind(old) == kind(new))
+            settable = old is None or kind(old) == kind(new)
             if kind(new) and settable:
                 if _as_lists(old) != _as_lists(new):
                     changed.setdefault(name, {})[key] = new
@@ -123,10 +125,13 @@ def _class_of(module: nn.Module) -> tuple[bool, tuple[type, ...]]:
 
 
 def _is_code_of(model: nn.Module, function: Callable[..., Any]) -> bool:
-    """Tell whether a function was defined in a class of the network, which brings it along."""
-    name = getattr(function, "__qualname__", "")
+    """Tell whether a function was defined in a class of the network, or beside one by name."""
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__qualname__", "<>")
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    return any(name.startswith(f"{cls.__qualname__}.") for cls in classes)
+    beside = "<" not in name and function.__module__ in {cls.__module__ for cls in classes}
+    return beside or any(name.startswith(f"{cls.__qualname__}.") for cls in classes)
 
 
 def _check_extra_state(name: str, module: nn.Module) -> None:

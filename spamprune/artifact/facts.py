@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import partial
+from functools import cached_property, partial
 from inspect import getattr_static
 from types import FunctionType, MethodType
 from typing import Any
@@ -30,7 +30,6 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 _LONG = 160  # characters, beyond which words end in a digest
 _PRINTED = (bool, int, float, complex, str, bytes, slice, range, torch.dtype)
-_NOTHING = ("None", "[]", "{}")
 _CACHED = ("tensor", "a ")  # how the words of tensors, and of objects of unknown classes, begin
 _RECOMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)  # torch's own hooks
 # where a network came from and where it is; not what it computes
@@ -40,10 +39,12 @@ _IGNORED = frozenset(
         "_model_args",
         "default_cfg",
         "device",
+        "example_input_array",  # Lightning's
         "feature_info",
         "pretrained_cfg",
         "pretrained_model_args",
         "spamprune_source",
+        "train",
     }
 )
 
@@ -55,16 +56,21 @@ class Words:
         model: The network; its parameters, buffers and modules need no words of their own.
         exact: Tell apart tensors that differ in any bit. Else floating-point ones are told apart
             by type, shape and norms, since a factory may round otherwise on another machine.
+        spelled: Text as it is. Else by a digest: an artifact may be published, and a user's
+            network may hold what is not for others.
     """
 
-    def __init__(self, model: nn.Module, *, exact: bool):
+    def __init__(self, model: nn.Module, *, exact: bool, spelled: bool = True):
         self._tensors = {id(slot.tensor) for slot in slots(model).values()}
         self._modules = {id(module): name for name, module in model.named_modules()}
-        self._exact = exact
+        self._exact, self._spelled = exact, spelled
 
     def of(self, value: Any) -> str:
         """Return words for a value: the same for equal ones, built anew included."""
-        text = self._of(value)
+        try:
+            text = self._of(value)
+        except Exception:  # a container in itself, an object that cannot be read
+            text = f"a {type(value).__name__}"
         if len(text) <= _LONG:
             return text
         return f"{text[: _LONG // 2]}… {_digest(text.encode(errors='backslashreplace'))}"
@@ -74,6 +80,9 @@ class Words:
             return f"{type(value).__name__}.{value.name or value.value}"
         if isinstance(value, np.generic):
             value = value.item()
+        if isinstance(value, (str, bytes)) and not self._spelled:
+            content = value if isinstance(value, bytes) else value.encode(errors="replace")
+            return f"text {_digest(content)}"
         if value is None or isinstance(value, _PRINTED):
             return repr(value)
         if isinstance(value, Tensor):
@@ -124,9 +133,9 @@ class Words:
 
 def facts(model: nn.Module) -> Facts:
     """Return, in words, all attributes and forward hooks that an artifact does not hold."""
-    words = Words(model, exact=False)
     found: Facts = {}
     for name, module in model.named_modules():
+        words = Words(model, exact=False, spelled=is_torchs(module))
         told = {key: words.of(value) for key, value in telling(module).items() if not kind(value)}
         told |= {key: words.of(hooks(module, key)) for key in HOOKS if hooks(module, key)}
         if told:
@@ -136,8 +145,8 @@ def facts(model: nn.Module) -> Facts:
 
 def differing(saved: Facts, model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
     """Yield module, attribute, words saved and words found wherever ``model`` has other facts."""
-    words = Words(model, exact=False)
     for name, module in model.named_modules():
+        words = Words(model, exact=False, spelled=is_torchs(module))
         told = saved.get(name, {})
         for key in HOOKS:
             found = words.of(hooks(module, key))
@@ -151,9 +160,15 @@ def differing(saved: Facts, model: nn.Module) -> Iterator[tuple[str, str, str, s
                 yield name, key, told[key], found
 
 
+def is_torchs(module: nn.Module) -> bool:
+    """Tell whether torch defines a module's class, all of whose settings count."""
+    return type(module).__module__.partition(".")[0] == "torch"
+
+
 def alike(saved: str, built: str) -> bool:
     """Tell whether words agree; what use may have put where nothing was built counts as equal."""
-    return saved == built or (built in _NOTHING and saved.startswith(_CACHED))
+    cached = built == "None" and saved.startswith(_CACHED)
+    return saved == built or built in ("[]", "{}") or cached
 
 
 def telling(module: nn.Module) -> dict[str, Any]:
@@ -178,7 +193,7 @@ def telling(module: nn.Module) -> dict[str, Any]:
 def default(module: nn.Module, key: str) -> Any:
     """Return what the class has for an attribute that the module lacks; ``...`` for nothing."""
     value = getattr(type(module), key, ...)
-    return ... if isinstance(value, property) else value
+    return ... if isinstance(value, (property, cached_property)) else value
 
 
 def hooks(module: nn.Module, which: str) -> list[Callable[..., Any]]:
@@ -201,13 +216,18 @@ def replaces_method(module: nn.Module, key: str, value: object) -> bool:
 
 def tensors_in(value: object) -> Iterator[Tensor]:
     """Yield the tensors in an attribute, those in containers and in modules there included."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, nn.Module):
-        yield from value.parameters()
-    elif isinstance(value, (list, tuple, set, frozenset, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(item)
+    waiting, seen = [value], set[int]()
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, nn.Module):
+            yield from item.parameters()
+        elif isinstance(item, (list, tuple, set, frozenset, Mapping)):
+            waiting.extend(item.values() if isinstance(item, Mapping) else item)
 
 
 def _marked(items: list[str]) -> str:

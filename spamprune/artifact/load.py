@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spamprune.artifact import hub
-from spamprune.artifact.facts import differing, tensors_in
+from spamprune.artifact.facts import HOOKS, default, differing, is_torchs, tensors_in
 from spamprune.artifact.format import (
     CONFIG,
     WEIGHTS,
@@ -59,7 +60,7 @@ def load(folder: str | Path, *, factory: Callable[[], nn.Module] | None = None) 
     if factory is None:
         factory = _by_name(where, config)
         _check_memory(where, _unpruned_bytes(factory))
-    model = build(factory)
+    model = build(factory).eval()  # as ``facts`` were taken
     _check_modules(where, config, model)
     _check_facts(where, config, model)
     places = slots(model)
@@ -148,15 +149,24 @@ def _check_modules(where: Path, config: Config, model: nn.Module) -> None:
 
 
 def _check_facts(where: Path, config: Config, model: nn.Module) -> None:
-    """Raise where the model has other text, functions, hooks and the like than the artifact."""
+    """Raise or warn where the model has other text, functions, hooks and the like.
+
+    Hooks, replaced methods and what torch's own modules have count in what they compute; of the
+    rest nobody can tell.
+    """
     if config.facts is None:  # by name, or of a version that recorded none
         return
+    modules = dict(model.named_modules())
     for name, key, saved, found in differing(config.facts, model):
         told = "".join(filter(str.isprintable, saved))  # it comes from the file
-        raise ArtifactError(
+        said = (
             f"{where} has {key} = {told:.200} in {name or 'the model'!r}, the model built has "
-            f"{found}: build it as it was saved"
+            f"{found}"
         )
+        method = callable(getattr(type(modules[name]), key, None))
+        if key in HOOKS or method or is_torchs(modules[name]):
+            raise ArtifactError(f"{said}: build it as it was saved")
+        warnings.warn(f"{said}: if it computes with that, build it as it was saved", stacklevel=3)
 
 
 def _expected_shapes(where: Path, config: Config, places: dict[str, Slot]) -> dict[str, Shape]:
@@ -228,7 +238,7 @@ def _set_attributes(where: Path, config: Config, model: nn.Module) -> None:
     for name, attributes in config.attributes.items():
         present = own_attributes(modules[name])
         for key, value in attributes.items():
-            old = present.get(key, ...)
+            old = present[key] if key in present else default(modules[name], key)
             if kind(value) is None or (old is not None and kind(old) != kind(value)):
                 raise ArtifactError(
                     f"{where} sets {key!r} of {name or 'the model'!r} to {value!r:.80}, but the "

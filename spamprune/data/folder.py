@@ -254,7 +254,7 @@ def image_folder(
 
 def _digest(root: Path, parts: Sequence[ImageFolder]) -> str:
     """Hash the names of all images below ``root``; reading them would take as long as training."""
-    names = [Path(path).relative_to(root).as_posix() for part in parts for path, _ in part.samples]
+    names = [p.removeprefix(str(root)).replace(os.sep, "/") for s in parts for p, _ in s.samples]
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 

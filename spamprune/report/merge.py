@@ -144,7 +144,8 @@ def _check_comparable(first: Run, other: Run) -> None:
         data = run.results.data
         keys: tuple[str, ...] = _SAME_DATA
         if run.recipe.data.name == "image_folder":  # its name does not say which data it is
-            keys = (*keys, "digest" if "digest" in data else "source")
+            both = all("digest" in r.results.data for r in (first, other))  # earlier runs had none
+            keys = (*keys, "digest" if both else "source")
         found = {f"data.{key}": data.get(key) for key in keys}
         return {**found, "evaluate.bins": run.recipe.evaluate.bins}
 
