@@ -344,7 +344,7 @@ def test_settings_that_make_no_sense_are_refused(arguments, message):
         ({"n_data": 0}, "n_data must be a positive number, not 0"),
         ({"temperature": 0}, "temperature must be a positive number, not 0"),
         ({"temperature": -1}, "temperature must be a positive number, not -1"),
-        ({"prior": "unitwise"}, r"give Prior\(model, 'unitwise'\)"),
+        ({"prior": "unitwise"}, r"give spamprune\.Prior\(model, 'unitwise'\)"),
     ],
 )
 def test_a_posterior_of_numbers_that_make_no_sense_is_refused(arguments, message):
