@@ -233,12 +233,16 @@ def _compare(path: Path, expected: dict[str, Shape], found: dict[str, Shape]) ->
 
 
 def _set_attributes(where: Path, config: Config, model: nn.Module) -> None:
-    """Give modules their recorded attributes, if they have such an attribute or have it as None."""
+    """Give modules their recorded attributes, if they have such an attribute or have it as None.
+
+    They may have it by their class, but not by torch's own for all modules.
+    """
     modules = dict(model.named_modules())
     for name, attributes in config.attributes.items():
         present = own_attributes(modules[name])
         for key, value in attributes.items():
-            old = present[key] if key in present else default(modules[name], key)
+            by_class = ... if hasattr(nn.Module, key) else default(modules[name], key)
+            old = present.get(key, by_class)
             if kind(value) is None or (old is not None and kind(old) != kind(value)):
                 raise ArtifactError(
                     f"{where} sets {key!r} of {name or 'the model'!r} to {value!r:.80}, but the "

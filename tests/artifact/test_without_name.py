@@ -216,6 +216,20 @@ def test_what_cannot_be_read_is_known_by_its_class(tmp_path: Path) -> None:
     assert_same(model, load(save(model, tmp_path / "net"), factory=factory), X)
 
 
+def test_class_attributes_are_set_but_for_those_of_all_modules(tmp_path: Path) -> None:
+    class Counting(Holder):
+        calls = 0
+
+    model = Counting()
+    model.calls = 2
+    for by in (None, Counting):
+        folder = save(model, tmp_path / "net", factory=by)
+        assert load(folder, factory=Counting).calls == 2
+    edit(folder, lambda config: config["attributes"][""].update(_version=7))
+    with pytest.raises(ArtifactError, match="sets '_version' of 'the model' to 7, but"):
+        load(folder, factory=Counting)
+
+
 def test_modes_say_nothing(tmp_path: Path) -> None:
     class Phased(Holder):
         def train(self, mode: bool = True) -> nn.Module:
