@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from spamprune.commands import artifacts, prune, zoo
 from spamprune.commands.output import console
 from spamprune.errors import RecipeError, SpampruneError
-from spamprune.recipe import fields, library, reference
+from spamprune.recipe import fields, library
 from spamprune.recipe.load import check, describe, load
 from spamprune.recipe.schema import Recipe
 
@@ -152,6 +152,8 @@ def schema(
 ) -> None:
     """Print what recipes may say: a JSON Schema for editors, or tables for reading."""
     if markdown:
+        from spamprune.recipe import reference
+
         typer.echo(reference.markdown(), nl=False)
         return
     typer.echo(json.dumps(fields.of_files(), indent=2, ensure_ascii=False))

@@ -23,6 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from spamprune.artifact.format import kind, own_attributes, slots
+from spamprune.modules import evaluation_mode
 
 Facts = dict[str, dict[str, str]]  # module → attribute → words
 
@@ -132,21 +133,24 @@ class Words:
 
 
 def facts(model: nn.Module) -> Facts:
-    """Return, in words, all attributes and forward hooks that an artifact does not hold."""
+    """Return, in words, what an artifact does not hold: attributes in evaluation mode, hooks."""
     found: Facts = {}
-    for name, module in model.named_modules():
-        words = Words(model, exact=False, spelled=is_torchs(module))
-        told = {key: words.of(value) for key, value in telling(module).items() if not kind(value)}
-        told |= {key: words.of(hooks(module, key)) for key in HOOKS if hooks(module, key)}
-        if told:
-            found[name] = told
+    by_class = {spelled: Words(model, exact=False, spelled=spelled) for spelled in (True, False)}
+    with evaluation_mode(model):
+        for name, module in model.named_modules():
+            words, own = by_class[is_torchs(module)], telling(module)
+            told = {key: words.of(value) for key, value in own.items() if not kind(value)}
+            told |= {key: words.of(hooks(module, key)) for key in HOOKS if hooks(module, key)}
+            if told:
+                found[name] = told
     return found
 
 
 def differing(saved: Facts, model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
     """Yield module, attribute, words saved and words found wherever ``model`` has other facts."""
+    by_class = {spelled: Words(model, exact=False, spelled=spelled) for spelled in (True, False)}
     for name, module in model.named_modules():
-        words = Words(model, exact=False, spelled=is_torchs(module))
+        words = by_class[is_torchs(module)]
         told = saved.get(name, {})
         for key in HOOKS:
             found = words.of(hooks(module, key))

@@ -43,7 +43,6 @@ from spamprune.artifact.origin import origin
 from spamprune.artifact.origin import preprocessing as timm_preprocessing
 from spamprune.errors import ArtifactError, OutputError
 from spamprune.models import Source, create
-from spamprune.modules import evaluation_mode
 
 
 def save(
@@ -115,16 +114,11 @@ def save(
         modules={name: type(module).__name__ for name, module in model.named_modules()}
         if architecture is None
         else {},
-        facts=_facts(model) if architecture is None else None,
+        facts=facts(model) if architecture is None else None,
         **_differences(model, built),
     )
     _write(target, config, _tensors(model, config), card(config, model, built))
     return Path(folder)
-
-
-def _facts(model: nn.Module) -> Any:
-    with evaluation_mode(model):
-        return facts(model)
 
 
 def _differences(model: nn.Module, built: nn.Module | None) -> dict[str, Any]:
